@@ -1,0 +1,547 @@
+"""Blueberry language models: decoder-only transformers, dense or mixture-of-experts.
+
+Pre-norm blocks with grouped-query attention, rotary positions (https://arxiv.org/abs/2104.09864), RMS-normalized
+queries and keys (https://arxiv.org/abs/2302.05442), embeddings scaled by sqrt(hidden_size), and per layer either one
+squared-ReLU MLP (https://arxiv.org/abs/2109.08668) or top-k routed experts.
+
+The file ships to the Hub as remote code, so it imports torch, transformers and its own siblings only.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_blueberry import BlueberryConfig
+
+logger = logging.get_logger(__name__)
+
+
+class BlueberryRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 at least (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(x.dtype)
+
+
+class BlueberryRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotation angles of every position; every rope type of transformers."""
+
+    inv_freq: Tensor  # (head_dim / 2,)
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: BlueberryConfig, **kwargs) -> tuple[Tensor, float]:
+        """Angular frequencies rope_theta^(-2i / head_dim), and the scale of cosine and sine, one."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids (batch, seq) -> cosine and sine, each (batch, seq, head_dim) in the dtype of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class BlueberryResidualLinear(nn.Linear):
+    """A linear layer whose output is added to the residual stream: initialized smaller than the others."""
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """(a, b) -> (-b, a), for the two halves of the last dimension."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (batch, heads, seq, head_dim) by the angles of its positions (batch, seq, head_dim)."""
+    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,  # (batch, heads, seq, head_dim)
+    key: Tensor,  # (batch, kv_heads, kv_seq, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,  # additive, (batch, 1, seq, kv_seq)
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: returns the output (batch, seq, heads, head_dim) and the weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class BlueberryAttention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions and normalized queries and keys."""
+
+    def __init__(self, config: BlueberryConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = BlueberryResidualLinear(query_size, config.hidden_size, bias=False)
+        norm = BlueberryRMSNorm if config.use_qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (batch, seq, hidden)
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output (batch, seq, hidden) and, from eager attention, the weights."""
+        seq_shape = hidden_states.shape[:-1]
+        heads_shape = (*seq_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        query = apply_rotary_pos_emb(query, *position_embeddings)
+        key = apply_rotary_pos_emb(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*seq_shape, -1).contiguous()), weights
+
+
+class BlueberryMLP(nn.Module):
+    """The dense feed-forward network down(act(up(x)))."""
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = BlueberryResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """(batch, seq, hidden) -> the same, and no router logits."""
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states))), None
+
+
+class BlueberryTopKRouter(nn.Module):
+    """Sends each token to the `num_experts_per_tok` experts of largest probability."""
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.noise = config.router_noise
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states (tokens, hidden) -> logits (tokens, experts), weights and experts chosen (tokens, top_k).
+
+        Logits are computed in fp32 at least and include the noise of training; weights are in the dtype of
+        `hidden_states`, the largest first.
+        """
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+        if self.training and self.noise > 0:
+            logits = logits + self.noise * torch.randn_like(logits)
+        weights, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return logits, weights.to(hidden_states.dtype), experts
+
+
+class _Experts(nn.Module):
+    """What gated and ungated experts share: the stacked weights and the plain loop over experts."""
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = hidden = config.hidden_size
+        self.intermediate_dim = width = config.moe_intermediate_size
+        if config.gated_experts:
+            self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))
+        else:
+            self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, hidden); top_k_index and top_k_weights (tokens, top_k) -> (tokens, hidden)."""
+        output = torch.zeros_like(hidden_states)
+        up_proj = self.gate_up_proj if self.has_gate else self.up_proj
+        activation = self._apply_gate if self.has_gate else self.act_fn
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            inner = activation(F.linear(hidden_states[token], up_proj[expert]))
+            outer = F.linear(inner, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, outer.to(output.dtype))
+        return output
+
+
+@use_experts_implementation(has_gate=False)
+class BlueberryExperts(_Experts):
+    """Experts down(act(up(x))): `up_proj` (experts, width, hidden) and `down_proj` (experts, hidden, width)."""
+
+
+@use_experts_implementation
+class BlueberryGatedExperts(_Experts):
+    """Experts down(act(gate(x)) * up(x)), with gate and up stacked in `gate_up_proj` (experts, 2 width, hidden)."""
+
+
+class BlueberrySparseMoeBlock(nn.Module):
+    """The feed-forward network of a mixture-of-experts layer: a router and its experts."""
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__()
+        self.gate = BlueberryTopKRouter(config)
+        self.experts = (BlueberryGatedExperts if config.gated_experts else BlueberryExperts)(config)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, seq, hidden) -> the same, and the router logits (batch * seq, experts)."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router_logits, weights, experts = self.gate(tokens)
+        return self.experts(tokens, experts, weights).view_as(hidden_states), router_logits
+
+
+class BlueberryDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then the feed-forward network, each on a normalized copy of the residual stream."""
+
+    def __init__(self, config: BlueberryConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = BlueberryAttention(config, layer_idx)
+        self.mlp = (BlueberrySparseMoeBlock if config.num_experts else BlueberryMLP)(config)
+        self.input_layernorm = BlueberryRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BlueberryRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Return the new hidden_states (batch, seq, hidden) and the router logits (batch * seq, experts) or None.
+
+        Router logits leave through the return value because a gradient must reach them also when the layer is
+        checkpointed with `use_reentrant=True`, where only what is returned has one.
+        """
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + output, router_logits
+
+
+class BlueberryPreTrainedModel(PreTrainedModel):
+    """Initialization, and what Blueberry models can do."""
+
+    config: BlueberryConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("BlueberryDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012 (transformers' own annotation)
+        "router_logits": OutputRecorder(BlueberryDecoderLayer, index=1),
+        "hidden_states": OutputRecorder(BlueberryDecoderLayer, index=0),
+        "attentions": OutputRecorder(BlueberryAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal of `initializer_range`; what writes to the residual stream is smaller by sqrt(2 layers) (GPT-2)."""
+        std = self.config.initializer_range
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        if isinstance(module, BlueberryResidualLinear):
+            init.normal_(module.weight, std=residual_std)
+        elif isinstance(module, BlueberryTopKRouter):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, _Experts):
+            init.normal_(module.gate_up_proj if module.has_gate else module.up_proj, std=std)
+            init.normal_(module.down_proj, std=residual_std)
+        else:
+            super()._init_weights(module)
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a token id outside the vocabulary. CPU only: elsewhere the look would stall the device."""
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or input_ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}: "
+            "use the tokenizer of this model, or resize_token_embeddings"
+        )
+
+
+class BlueberryModel(BlueberryPreTrainedModel):
+    """The transformer without a head."""
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(BlueberryDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = BlueberryRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = BlueberryRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (batch, seq)
+        attention_mask: Tensor | None = None,  # (batch, past + seq), 1 for tokens and 0 for padding
+        position_ids: Tensor | None = None,  # (batch, seq)
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,  # (batch, seq, hidden), not yet scaled
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """Return `last_hidden_state` (batch, seq, hidden), the cache, and what `output_*` arguments ask for.
+
+        Raises ValueError unless exactly one of `input_ids` and `inputs_embeds` is given, and (on CPU) for token ids
+        outside the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = inputs_embeds * self.config.hidden_size**0.5
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, _ = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def load_balancing_loss(router_logits: Tensor, token_mask: Tensor, top_k: int) -> Tensor:
+    """The loss E sum_e f_e P_e of each sequence, averaged over layers; one when the experts are evenly loaded.
+
+    f_e is the share of the sequence's routed tokens that went to expert e and P_e its mean router probability
+    (https://arxiv.org/abs/2101.03961, equation 4, with top-k counts divided by k). Taken per sequence, because a
+    product of batch means could not be split over micro-batches or ranks.
+
+    router_logits (layers, batch, seq, experts); token_mask (batch, seq), False for padding -> (batch,).
+    """
+    mask = token_mask[None, :, :, None]  # (1, batch, seq, 1)
+    tokens = mask.sum(dim=-2).clamp(min=1)  # (1, batch, 1)
+    probabilities = router_logits.softmax(dim=-1)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    share = torch.where(mask, chosen, 0.0).sum(dim=-2) / (tokens * top_k)  # (layers, batch, experts)
+    mean_probability = torch.where(mask, probabilities, 0.0).sum(dim=-2) / tokens
+    return router_logits.shape[-1] * (share * mean_probability).sum(dim=-1).mean(dim=0)
+
+
+def router_z_loss(router_logits: Tensor, token_mask: Tensor) -> Tensor:
+    """The mean of logsumexp(logits)^2 over the tokens of each sequence and over layers (https://arxiv.org/abs/2202.08906).
+
+    router_logits (layers, batch, seq, experts); token_mask (batch, seq), False for padding -> (batch,).
+    """
+    squares = torch.where(token_mask, router_logits.logsumexp(dim=-1).square(), 0.0)  # (layers, batch, seq)
+    return (squares.sum(dim=-1) / token_mask.sum(dim=-1).clamp(min=1)).mean(dim=0)
+
+
+def sequence_weights(
+    labels: Tensor | None,
+    token_mask: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    **kwargs,
+) -> Tensor:
+    """What each sequence contributes to a loss of the whole batch: its share of the tokens the cross-entropy counts.
+
+    The cross-entropy is summed over counted labels and divided by `num_items_in_batch`, the count of the *global*
+    batch; a per-sequence loss weighted in the same way does not depend on how that batch is split over accumulation
+    steps and ranks. Without labels every token of `token_mask` counts. Returns (batch,).
+    """
+    if shift_labels is None and labels is None:
+        counts = token_mask.sum(dim=-1)
+    else:
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        counts = targets.ne(kwargs.get("ignore_index", -100)).sum(dim=-1).to(token_mask.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = counts.sum().clamp(min=1)
+    elif torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(counts.device)
+    return counts / num_items_in_batch
+
+
+class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
+    """Blueberry with a language-modeling head, tied to the embeddings by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        super().__init__(config)
+        self.model = BlueberryModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,  # (batch, seq), -100 where no loss is wanted; shifted inside
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """Return logits (batch, seq, vocab) and, given `labels`, the loss.
+
+        The loss is the mean cross-entropy of the next token (the sum divided by `num_items_in_batch` if that is
+        given). In training mode the router losses are added, with their coefficients; in evaluation mode they are
+        not, so that exp(loss) is a perplexity. `aux_loss` is the load-balancing loss without its coefficient, at least
+        one, returned whenever it was computed: in training, or because of `output_router_logits`.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        wants_router_losses = self.config.num_experts > 0 and (
+            output_router_logits or (self.training and labels is not None)
+        )
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=wants_router_losses,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if wants_router_losses:
+            aux_loss, router_loss = self._router_losses(outputs, attention_mask, labels, **kwargs)
+            if loss is not None and self.training:
+                loss = loss + router_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _router_losses(
+        self, outputs: MoeModelOutputWithPast, attention_mask: Tensor | None, labels: Tensor | None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the load-balancing loss, and the sum of both router losses times their coefficients; scalars."""
+        batch, seq, _ = outputs.last_hidden_state.shape
+        device = outputs.router_logits[0].device
+        logits = torch.stack([layer.to(device) for layer in outputs.router_logits]).unflatten(1, (batch, seq))
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -seq:].to(device=device, dtype=torch.bool)
+        else:  # no padding that we could know of
+            token_mask = torch.ones(batch, seq, dtype=torch.bool, device=device)
+        weights = sequence_weights(labels, token_mask, **kwargs)
+        balance = (load_balancing_loss(logits, token_mask, self.config.num_experts_per_tok) * weights).sum()
+        z_loss = (router_z_loss(logits, token_mask) * weights).sum()
+        return balance, self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z_loss
+
+
+class BlueberryForSequenceClassification(GenericForSequenceClassification, BlueberryPreTrainedModel):
+    """Blueberry with a linear classifier on the last token that is not padding (`config.pad_token_id`)."""
+
+    def __init__(self, config: BlueberryConfig) -> None:
+        BlueberryPreTrainedModel.__init__(self, config)  # the generic one needs the class registered with AutoModel
+        self.num_labels = config.num_labels
+        self.model = BlueberryModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "BlueberryForCausalLM",
+    "BlueberryForSequenceClassification",
+    "BlueberryModel",
+    "BlueberryPreTrainedModel",
+]
