@@ -1,0 +1,169 @@
+"""From documents to windows: tokenize, join with the end-of-text token, cut without overlap.
+
+One generator serves the map-style path (cached on disk, memory-mapped) and the streaming path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blueberry.errors import UsageError
+from blueberry.training.reading import documents_in_batches
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+RECIPE = "windows-1"  # part of the cache key: raise it when packing changes its result
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Text -> token ids, each document followed by `eos_token_id`.
+
+    Attributes:
+        backend: a `tokenizers.Tokenizer` without truncation and padding (it runs on all cores).
+        eos_token_id: set after every document.
+    """
+
+    backend: Tokenizer
+    eos_token_id: int
+    column: str = "text"
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+        """From a fast tokenizer, whose own settings stay as they are."""
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, tokenizer.eos_token_id)
+
+    def __call__(self, batch: dict) -> np.ndarray:
+        """Texts of a batch -> (tokens,) int32."""
+        texts = [text for text in batch["text"] if text and text.strip()]
+        end = np.array([self.eos_token_id], dtype=np.int32)
+        parts = []
+        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
+            parts += [np.array(encoding.ids, dtype=np.int32), end]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def key(self) -> str:
+        """Changes whenever the ids can change."""
+        return f"{self.eos_token_id} {self.backend.to_str()}"
+
+
+@dataclass(frozen=True)
+class RowChecker:
+    """Already tokenized rows -> their ids as they are, after checks.
+
+    Attributes:
+        vocab_size: ids must be below.
+        max_row: longest row that is accepted, None = any.
+    """
+
+    vocab_size: int
+    max_row: int | None = None
+    column: str = "input_ids"
+
+    def __call__(self, batch: dict) -> np.ndarray:
+        """Rows of a batch -> (tokens,) int32; UsageError for ids, lengths or labels that this trainer cannot use."""
+        rows = [np.asarray(row, dtype=np.int64) for row in batch["input_ids"] if row is not None]
+        for row in rows:
+            self._check_row(row)
+        for row, labels in zip(rows, batch.get("labels", ()), strict=False):
+            if not np.array_equal(row, labels):
+                raise UsageError(
+                    "labels differ from input_ids (masked tokens?); this trainer trains on every token, drop `labels`"
+                )
+        return np.concatenate(rows).astype(np.int32) if rows else np.empty(0, dtype=np.int32)
+
+    def _check_row(self, row: np.ndarray) -> None:
+        if row.size and not 0 <= row.min() <= row.max() < self.vocab_size:
+            worst = row.min() if row.min() < 0 else row.max()
+            raise UsageError(
+                f"token id {worst} is outside the model's vocabulary of {self.vocab_size}; raise vocab_size to that of the "
+                "tokenizer that made the data"
+            )
+        if self.max_row is not None and len(row) > self.max_row:
+            raise UsageError(
+                f"a tokenized row has {len(row)} tokens, the model {self.max_row} positions; "
+                f"--max_length {self.max_row} cuts rows anew, or give the model max_position_embeddings {len(row)}"
+            )
+
+    def key(self) -> str:
+        """Changes whenever the verdict can change."""
+        return f"{self.vocab_size} {self.max_row}"
+
+
+Encoder = TextEncoder | RowChecker
+
+
+def pack(arrays: Iterable[np.ndarray], max_length: int) -> Iterator[np.ndarray]:
+    """Join token arrays and cut windows of (max_length,): no token twice, none lost but the tail."""
+    rest = np.empty(0, dtype=np.int32)
+    for array in arrays:
+        tokens = np.concatenate([rest, array])
+        whole = len(tokens) // max_length * max_length
+        yield from tokens[:whole].reshape(-1, max_length)
+        rest = tokens[whole:]
+
+
+def windows(
+    documents: Dataset | IterableDataset, encoder: Encoder, max_length: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Training rows: `input_ids` and equal `labels` (the model shifts them), each (max_length,) int32."""
+    for window in pack(token_arrays(documents, encoder), max_length):
+        yield {"input_ids": window, "labels": window}
+
+
+def token_arrays(documents: Dataset | IterableDataset, encoder: Encoder) -> Iterator[np.ndarray]:
+    """Token ids of the documents, one array per batch of documents, with a progress bar after two seconds."""
+    from datasets import Dataset
+    from tqdm.auto import tqdm
+
+    counted = isinstance(documents, Dataset)
+    bar = tqdm(total=len(documents) if counted else None, desc="Tokenizing", unit="doc", delay=2, disable=not counted)
+    for batch in documents_in_batches(documents, encoder.column, batch_size=32):
+        yield encoder(batch)
+        bar.update(len(batch[encoder.column]))
+    bar.close()
+
+
+def window_features() -> Features:
+    """Columns of a packed dataset."""
+    from datasets import Features, List, Value
+
+    return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+
+
+def pack_to_disk(documents: Dataset, content: str, encoder: Encoder, max_length: int, cache: str) -> Dataset:
+    """Windows in a memory-mapped dataset under `cache`, made once per content, encoder and length."""
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    key = hashlib.sha256("\n".join([RECIPE, content, encoder.key(), str(max_length)]).encode()).hexdigest()
+    arguments = {"documents": documents, "encoder": encoder, "max_length": max_length}
+    try:
+        return Dataset.from_generator(
+            windows, features=window_features(), cache_dir=cache, gen_kwargs=arguments, fingerprint=key
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise
+
+
+def pack_stream(documents: IterableDataset, encoder: Encoder, max_length: int) -> IterableDataset:
+    """The same windows, made while they are read; nothing is kept."""
+    from datasets import IterableDataset
+
+    arguments = {"documents": documents, "encoder": encoder, "max_length": max_length}
+    return IterableDataset.from_generator(windows, features=window_features(), gen_kwargs=arguments)
