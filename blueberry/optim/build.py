@@ -1,0 +1,124 @@
+"""`build_optimizer`: from a model to its hybrid optimizer."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .composed import ComposedOptimizer
+from .muon import Muon
+from .param_groups import Assignment, assign_parameters
+
+if TYPE_CHECKING:
+    from ..training.arguments import BlueberryTrainingArguments
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+def build_optimizer(
+    model: nn.Module,
+    args: "BlueberryTrainingArguments | None" = None,
+    *,
+    rules: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> ComposedOptimizer:
+    """Hybrid of Muon (hidden matrices and experts) and torch's AdamW (the rest) for any module.
+
+    Args:
+        model: every parameter that requires a gradient gets exactly one optimizer; `.audit()` tells which and why.
+        args: takes the settings from BlueberryTrainingArguments; `settings` win over them.
+        rules: regular expression -> `muon` or `adamw`, see `assign_parameters`.
+        settings: `optimizer` (`muon`, or `adamw` for everything), `muon_lr`, `adamw_lr`, `weight_decay` (decoupled, of
+            both, not on norms and biases), `adam_beta1`, `adam_beta2`, `adam_epsilon`, `max_grad_norm` (of the AdamW
+            parameters; 0 for none), and any of Muon's own: `momentum`, `nesterov`, `ns_steps`, ...
+
+    Raises UsageError for unknown settings and when the hybrid would hold no Muon matrix.
+    """
+    values = (_settings_of(args) if args is not None else {}) | settings
+    kind = values.pop("optimizer", "muon")
+    if kind not in OPTIMIZERS:
+        raise UsageError(f"optimizer={kind!r} is unknown: use one of {', '.join(OPTIMIZERS)}")
+    assignments = assign_parameters(model, rules)
+    if kind == "adamw":
+        assignments = [_without_muon(assignment) for assignment in assignments]
+    adamw = _pop_adamw_settings(values)
+    parts: dict[str, torch.optim.Optimizer] = {}
+    muon_parameters = _named(assignments, "muon")
+    if kind == "muon":
+        _check_muon_parameters(muon_parameters, values)
+        parts["muon"] = Muon([{"params": muon_parameters, "name": "muon"}], lr=values.pop("muon_lr", 0.02), **values)
+    if adamw_groups := _adamw_groups(assignments, adamw):
+        parts["adamw"] = torch.optim.AdamW(
+            adamw_groups, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"], fused=_can_fuse(adamw_groups)
+        )
+    if not parts:
+        raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to optimize")
+    return ComposedOptimizer(parts, assignments)
+
+
+def _settings_of(args: "BlueberryTrainingArguments") -> dict[str, Any]:
+    return {
+        "optimizer": args.optimizer,
+        "muon_lr": args.muon_lr,
+        "adamw_lr": args.adamw_lr,
+        "momentum": args.muon_momentum,
+        "scale_mode": args.scale_mode,
+        "weight_decay": args.weight_decay,
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "adam_epsilon": args.adam_epsilon,
+        "max_grad_norm": args.max_grad_norm,
+    }
+
+
+def _pop_adamw_settings(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "lr": values.pop("adamw_lr", 0.008),
+        "betas": (values.pop("adam_beta1", 0.9), values.pop("adam_beta2", 0.95)),
+        "eps": values.pop("adam_epsilon", 1e-8),
+        "max_grad_norm": values.pop("max_grad_norm", 1.0) or 0.0,
+        "weight_decay": values.get("weight_decay", 0.0),
+    }
+
+
+def _without_muon(assignment: Assignment) -> Assignment:
+    if assignment.optimizer != "muon":
+        return assignment
+    reason = f"{assignment.reason}; optimizer=adamw"
+    return Assignment(assignment.name, assignment.parameter, "adamw", assignment.group, reason)
+
+
+def _named(assignments: list[Assignment], optimizer: str) -> list[tuple[str, Tensor]]:
+    return [(a.name, a.parameter) for a in assignments if a.optimizer == optimizer]
+
+
+def _check_muon_parameters(named: list[tuple[str, Tensor]], values: dict[str, Any]) -> None:
+    if not named:
+        raise UsageError("no parameter is a hidden matrix, so Muon would do nothing: add rules or use optimizer=adamw")
+    known = set(Muon.__init__.__code__.co_varnames) | {"muon_lr"}
+    if unknown := sorted(set(values) - known):
+        raise UsageError(f"setting {unknown[0]!r} is unknown: neither Muon nor AdamW takes it")
+
+
+def _adamw_groups(assignments: list[Assignment], adamw: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay, vectors without."""
+    groups = []
+    for name, is_vector, decay in (("adamw", False, adamw["weight_decay"]), ("adamw_vectors", True, 0.0)):
+        chosen = [a for a in assignments if a.optimizer == "adamw" and (a.group == "vectors") == is_vector]
+        if chosen:
+            groups.append(
+                {
+                    "params": _named(chosen, "adamw"),
+                    "name": name,
+                    "weight_decay": decay,
+                    "max_grad_norm": adamw["max_grad_norm"],
+                }
+            )
+    return groups
+
+
+def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+    """torch's fused AdamW kernel exists for these devices."""
+    return all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
