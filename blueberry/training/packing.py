@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,8 +90,8 @@ class RowChecker:
         if row.size and not 0 <= row.min() <= row.max() < self.vocab_size:
             worst = row.min() if row.min() < 0 else row.max()
             raise UsageError(
-                f"token id {worst} is outside the model's vocabulary of {self.vocab_size}; raise vocab_size to that of the "
-                "tokenizer that made the data"
+                f"token id {worst} is outside the model's vocabulary of {self.vocab_size}; raise vocab_size to "
+                "that of the tokenizer that made the data"
             )
         if self.max_row is not None and len(row) > self.max_row:
             raise UsageError(
@@ -152,13 +153,28 @@ def pack_to_disk(documents: Dataset, content: str, encoder: Encoder, max_length:
     key = hashlib.sha256("\n".join([RECIPE, content, encoder.key(), str(max_length)]).encode()).hexdigest()
     arguments = {"documents": documents, "encoder": encoder, "max_length": max_length}
     try:
-        return Dataset.from_generator(
-            windows, features=window_features(), cache_dir=cache, gen_kwargs=arguments, fingerprint=key
-        )
+        with _own_progress_bar_only():
+            return Dataset.from_generator(
+                windows, features=window_features(), cache_dir=cache, gen_kwargs=arguments, fingerprint=key
+            )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UsageError):
             raise error.__cause__ from None
         raise
+
+
+@contextmanager
+def _own_progress_bar_only() -> Iterator[None]:
+    """Without the bar of `datasets`, which knows no total."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            enable_progress_bars()
 
 
 def pack_stream(documents: IterableDataset, encoder: Encoder, max_length: int) -> IterableDataset:

@@ -87,7 +87,8 @@ def _load_saved(folder: Path, streaming: bool) -> dict:
 
     found = load_from_disk(str(folder))
     splits = {"train": found} if isinstance(found, Dataset) else dict(found)
-    return {name: split.to_iterable_dataset() if streaming else split for name, split in splits.items()}
+    plain = {name: split.with_format(None) for name, split in splits.items()}  # saved with a format, loaded with it
+    return {name: split.to_iterable_dataset() for name, split in plain.items()} if streaming else plain
 
 
 def _local_files(source: Path) -> list[Path]:

@@ -153,7 +153,7 @@ def _split_stream(corpus: Corpus, budget: int) -> Split:
     train = train.filter(partial(_not_in, column=corpus.column, hashes=hashes))
     if next(iter(train), None) is None:
         raise UsageError(
-            f"--dataset {corpus.name}: the stream ends within its first {len(validation)} documents, which validation takes; "
+            f"--dataset {corpus.name}: validation takes all {len(validation)} documents of the stream; "
             "leave --streaming out, or lower --max_validation_tokens"
         )
     rule = "the first documents of the stream" if own is None else "the dataset's own validation split"
@@ -173,11 +173,15 @@ def take_documents(rows: Dataset | IterableDataset, column: str, budget: int) ->
     taken, hashes, size = [], set(), 0
     for row in rows:
         data = document_bytes(row[column])
+        if not data:
+            continue
         taken.append(row)
         hashes.add(hash64(data))
         size += len(data) if column == "text" else len(row[column])
         if size >= budget:
             break
+    if not taken:
+        raise UsageError("the validation split holds no text; remove it, or give it documents")
     return Dataset.from_list(taken), frozenset(hashes)
 
 

@@ -1,0 +1,1 @@
+"""The `evaluate` module perplexity; load it by the path of this folder."""
