@@ -28,6 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blueberry import BlueberryConfig
+from .experts_blueberry import EXPERTS_IMPLEMENTATION
 
 logger = logging.get_logger(__name__)
 
@@ -301,12 +302,22 @@ class BlueberryPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(BlueberryAttention, index=1),
     }
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The experts implementation asked for, ours by default (transformers' own default is "grouped_mm")."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal of `initializer_range`; what writes to the residual stream is smaller by sqrt(2 layers) (GPT-2)."""
+        """Normal of `initializer_range`, but smaller by sqrt(2 layers) what writes to the residual stream (GPT-2).
+
+        Embeddings are at most 4 / hidden_size: at the start a token's own logit through the tied head is about
+        hidden_size * std, and a larger one would lift the first loss above log(vocab_size).
+        """
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
-        if isinstance(module, BlueberryResidualLinear):
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=min(std, 4 / self.config.hidden_size))
+        elif isinstance(module, BlueberryResidualLinear):
             init.normal_(module.weight, std=residual_std)
         elif isinstance(module, BlueberryTopKRouter):
             init.normal_(module.weight, std=std)

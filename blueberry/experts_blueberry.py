@@ -1,0 +1,178 @@
+"""A fast way to train mixture-of-experts layers on a CPU, for every MoE model of transformers.
+
+Importing this file adds `experts_implementation="blueberry"` to transformers' experts interface. On a CPU it sorts the
+(token, expert) pairs by expert once and then works on one expert at a time, in a single autograd function: indexing
+`weight[expert]` for autograd, as the eager loop does, makes the backward fill a zero gradient of *all* experts for
+each expert. On other devices, inside `torch.compile` and for experts with a norm of their own, transformers'
+`grouped_mm` does the work.
+
+The file ships to the Hub as remote code, so it imports torch and transformers only.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+EXPERTS_IMPLEMENTATION = "blueberry"
+
+
+class Routing(NamedTuple):
+    """The (token, choice) pairs of a batch in the order of their experts."""
+
+    token: Tensor  # (pairs,): the token of each sorted pair
+    order: Tensor  # (pairs,): its index token * top_k + choice before sorting
+    place: Tensor  # (tokens, top_k): where each pair went
+    rows: list[tuple[int, int, int]]  # expert, first row, one past the last row; experts without tokens are left out
+
+
+def sort_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:
+    """Sort the pairs of top_k_index (tokens, top_k) by expert, keeping the order of tokens.
+
+    Indices from `num_experts` on stand for experts of another rank (expert parallelism): they sort last, into no rows.
+    """
+    expert = top_k_index.reshape(-1)
+    order = expert.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    rows, start = [], 0
+    for index, count in enumerate(expert.bincount(minlength=num_experts)[:num_experts].tolist()):
+        if count:
+            rows.append((index, start, start + count))
+        start += count
+    return Routing(order // top_k_index.shape[1], order, place.view(top_k_index.shape), rows)
+
+
+@cache
+def has_fast_half_precision() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; without it bf16 products are several times slower."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's or the input's, but fp32 for half precision without hardware."""
+    dtype, device = hidden_states.dtype, hidden_states.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and not has_fast_half_precision() else dtype
+
+
+def combine(pairs: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Sum (weighted by scores) the rows of `pairs` (pairs, hidden) at `place` (tokens, top_k) -> (tokens, hidden)."""
+    return F.embedding_bag(place, pairs, mode="sum", per_sample_weights=scores)
+
+
+class _SortedExperts(torch.autograd.Function):
+    """sum_k score_k down_k(act(up_k(x))) over the experts of each token, one expert at a time.
+
+    Weights are (experts, out, in), biases (experts, out) or None. The forward keeps what the up projection put out and
+    the backward computes the activation again from it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,  # (tokens, hidden), in the dtype of the products
+        scores: Tensor,  # (tokens, top_k), in the same dtype
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        routing: Routing,
+        activation: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        inner = hidden.new_empty(routing.order.numel(), up.shape[1])  # (pairs, width), before the activation
+        outer = hidden.new_empty(routing.order.numel(), down.shape[1])  # (pairs, hidden)
+        for expert, start, stop in routing.rows:
+            rows = slice(start, stop)
+            x = hidden.index_select(0, routing.token[rows])
+            _affine(x, up[expert], up_bias, expert, out=inner[rows])
+            _affine(activation(inner[rows]), down[expert], down_bias, expert, out=outer[rows])
+        outer[routing.rows[-1][2] if routing.rows else 0 :].zero_()  # pairs of other ranks
+        ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, inner, outer)
+        ctx.routing, ctx.activation = routing, activation
+        return combine(outer, routing.place, scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, scores, up, up_bias, down, down_bias, inner, outer = ctx.saved_tensors
+        routing: Routing = ctx.routing
+        pair_scores = scores.reshape(-1)[routing.order]
+        grad_pairs = hidden.new_zeros(len(pair_scores), hidden.shape[1])
+        grad_scores = torch.zeros_like(pair_scores)
+        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in (up, up_bias, down, down_bias)]
+        _zero_idle_experts(grads, routing, len(up))
+        grad_up, grad_up_bias, grad_down, grad_down_bias = grads
+        for expert, start, stop in routing.rows:
+            rows = slice(start, stop)
+            grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
+            grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
+            grad.mul_(pair_scores[rows, None])
+            with torch.enable_grad():
+                before = inner[rows].detach().requires_grad_()
+                after = ctx.activation(before)  # (rows, width)
+            _accumulate(grad, after.detach(), grad_down, grad_down_bias, expert)
+            (grad_before,) = torch.autograd.grad(after, before, grad @ down[expert].to(grad.dtype))
+            x = hidden.index_select(0, routing.token[rows])
+            _accumulate(grad_before, x, grad_up, grad_up_bias, expert)
+            torch.mm(grad_before, up[expert].to(grad.dtype), out=grad_pairs[rows])
+        grad_scores = grad_scores[routing.place]
+        return combine(grad_pairs, routing.place), grad_scores, *grads, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
+    """out = x weight^T + bias[expert], in the dtype of x; weight (out, in)."""
+    torch.mm(x, weight.to(x.dtype).t(), out=out)
+    if bias is not None:
+        out.add_(bias[expert])
+
+
+def _accumulate(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None, expert: int) -> None:
+    """Write the gradients of one expert's affine map, grad (rows, out) and its input x (rows, in), into its slices."""
+    if grad_weight.dtype == x.dtype:
+        torch.mm(grad.t(), x, out=grad_weight[expert])
+    else:
+        grad_weight[expert] = grad.t() @ x
+    if grad_bias is not None:
+        grad_bias[expert] = grad.sum(dim=0)
+
+
+def _zero_idle_experts(grads: list[Tensor | None], routing: Routing, num_experts: int) -> None:
+    """Clear the gradients of the experts that no token visited; the others are written later."""
+    for expert in set(range(num_experts)) - {row[0] for row in routing.rows}:
+        for grad in grads:
+            if grad is not None:
+                grad[expert].zero_()
+
+
+def blueberry_experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of an experts module: hidden_states (tokens, hidden), routing (tokens, top_k) -> (tokens, hidden)."""
+    if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or self.has_post_expert_norm:
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    up, up_bias = (self.gate_up_proj if self.has_gate else self.up_proj), None
+    down, down_bias = self.down_proj, None
+    if self.has_bias:
+        up_bias, down_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias), self.down_proj_bias
+    if self.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    activation = self._apply_gate if self.has_gate else self.act_fn
+    routing = sort_by_expert(top_k_index, self.num_experts)
+    dtype = compute_dtype(hidden_states)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        output = _SortedExperts.apply(
+            hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias, routing, activation
+        )
+    return output.to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, blueberry_experts_forward)
