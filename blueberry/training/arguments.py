@@ -1,0 +1,115 @@
+"""What a user can set about a training run, and the mapping of TrainingArguments onto the hybrid optimizer."""
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..errors import UsageError
+from ..optim.build import OPTIMIZERS
+from ..optim.muon import SCALE_MODES
+
+_ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+@dataclass
+class BlueberryTrainingArguments(TrainingArguments):
+    """TrainingArguments of the hybrid optimizer: two learning rates, a budget in tokens, defaults for pre-training.
+
+    Arguments of TrainingArguments that the hybrid optimizer would ignore are mapped (`weight_decay`, `adam_*`,
+    `max_grad_norm`; `learning_rate` with `optimizer="adamw"`) or refused with the remedy (`learning_rate` with Muon,
+    `optim`, `max_steps` or `num_train_epochs` beside `train_tokens`).
+    """
+
+    optimizer: str = field(default="muon", metadata={"help": "muon (hybrid of Muon and AdamW) or adamw (everything)."})
+    muon_lr: float = field(default=0.02, metadata={"help": "Learning rate of hidden matrices and experts."})
+    adamw_lr: float = field(default=0.008, metadata={"help": "Learning rate of what AdamW optimizes."})
+    muon_momentum: float = field(default=0.95, metadata={"help": "Muon's momentum; 0 switches it off."})
+    scale_mode: str = field(
+        default="shape",
+        metadata={"help": "Muon's update scale: shape, rms_match (AdamW's learning rates carry over) or none."},
+    )
+    train_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to train on, over all processes; sets the number of steps."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete the run that output_dir already holds and start a new one."}
+    )
+
+    # Defaults of TrainingArguments that differ for pre-training.
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the run; results/<run_name> unless given."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "With --optimizer adamw the same as --adamw_lr; refused with Muon."}
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the data (default 1); not together with --train_tokens."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay of the squared gradient."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "constant, cosine, linear, warmup_stable_decay or any of transformers'."}
+    )
+    warmup_steps: float = field(
+        default=0.02, metadata={"help": "Linear warm-up: steps, or a share of all steps if below 1."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Windows per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Windows per device in evaluation."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or a share of all steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    include_num_input_tokens_seen: str | bool = field(default=True, metadata={"help": "Count the tokens seen."})
+    eval_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch."})
+    eval_steps: float | None = field(default=0.25, metadata={"help": "Steps between evaluations, or a share of all."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser reads the order)
+        default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb, trackio, ..., none."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_optimizer()
+        self._map_learning_rate()
+        self._check_budget()
+        if self.output_dir is None:
+            self.output_dir = os.path.join("results", self.run_name or f"blueberry-{self.optimizer}")
+        super().__post_init__()
+        if self.optim not in _ADAMW_NAMES:
+            raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon or adamw")
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"--optimizer {self.optimizer} is unknown: use one of {', '.join(OPTIMIZERS)}")
+        if self.scale_mode not in SCALE_MODES:
+            raise UsageError(f"--scale_mode {self.scale_mode} is unknown: use one of {', '.join(SCALE_MODES)}")
+        for name in ("optim_args", "optim_target_modules"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--{name} {getattr(self, name)} has no effect on the hybrid optimizer: remove it")
+        for name in ("muon_lr", "adamw_lr", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name} {value} is negative: learning rates are at least 0")
+        if not 0 <= self.muon_momentum < 1:
+            raise UsageError(f"--muon_momentum {self.muon_momentum} is outside [0, 1): try 0.95")
+
+    def _map_learning_rate(self) -> None:
+        if self.learning_rate is not None and self.learning_rate != self.adamw_lr:
+            if self.optimizer == "muon":
+                raise UsageError(
+                    f"--learning_rate {self.learning_rate} is ambiguous for the hybrid optimizer: "
+                    "use --muon_lr (matrices, experts) and --adamw_lr (the rest)"
+                )
+            self.adamw_lr = self.learning_rate
+        self.learning_rate = self.adamw_lr
+
+    def _check_budget(self) -> None:
+        if self.train_tokens is not None:
+            if self.train_tokens < 1:
+                raise UsageError(f"--train_tokens {self.train_tokens} trains nothing: give a positive number")
+            if self.max_steps > 0:
+                raise UsageError(f"--max_steps {self.max_steps} and --train_tokens {self.train_tokens} both set the "
+                                 "length of training: give one")  # fmt: skip
+            if self.num_train_epochs is not None:
+                raise UsageError(f"--num_train_epochs {self.num_train_epochs} and --train_tokens {self.train_tokens} "
+                                 "both set the length of training: give one")  # fmt: skip
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 1.0

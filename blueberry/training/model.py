@@ -1,0 +1,63 @@
+"""From `--preset` or `--config_name` to a new model."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..configuration_blueberry import PRESETS, BlueberryConfig
+from ..errors import UsageError
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train from scratch."""
+
+    preset: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(PRESETS)}. Default: tiny, unless --config_name is given."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Config file (JSON), folder or Hub id, of Blueberry or any causal model."}
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "Replaces the vocabulary size of the config."})
+
+
+def load_config(args: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration. Raises UsageError for unknown presets, files and keys."""
+    if args.preset is not None and args.config_name is not None:
+        raise UsageError(f"--preset {args.preset} and --config_name {args.config_name}: give one of them")
+    overrides = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+    try:
+        if args.config_name is None:
+            return BlueberryConfig.from_preset(args.preset or "tiny", **overrides)
+        _check_keys(Path(args.config_name))
+        return AutoConfig.from_pretrained(args.config_name, **overrides)
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        source = f"--preset {args.preset}" if args.config_name is None else f"--config_name {args.config_name}"
+        raise UsageError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def _check_keys(path: Path) -> None:
+    """A local Blueberry config may hold Blueberry's keys only: a misspelt one would silently change nothing."""
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"--config_name {path} is not JSON: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UsageError(f'--config_name {path} names no model: add "model_type": "blueberry"')
+    if values["model_type"] == BlueberryConfig.model_type:
+        known = BlueberryConfig().to_dict().keys() | {"architectures", "auto_map", "dtype"}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise UsageError(f"--config_name {path} has unknown key {unknown[0]!r}: BlueberryConfig lists the fields")
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model with fresh weights (set the seed before)."""
+    return AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,51 @@
+"""What a run prints at its end."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import PreparedData
+from .trainer import BlueberryTrainer
+
+
+def final_metrics(trainer: BlueberryTrainer) -> dict[str, float]:
+    """Validation metrics of the final model; not computed again if the last step was evaluated."""
+    last = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
+    if last.get("step") != trainer.state.global_step or trainer.args.load_best_model_at_end:
+        last = trainer.evaluate()
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
+
+
+def print_summary(trainer: BlueberryTrainer, data: PreparedData, metrics: dict[str, float]) -> None:
+    """One short table: tokens, time, speed, losses, where things are."""
+    final = next((row for row in reversed(trainer.state.log_history) if "train_runtime" in row), {})
+    seconds = final.get("train_runtime", 0.0)
+    tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
+    folder = Path(trainer.args.output_dir)
+    rows = {
+        "tokens": f"{trainer.state.num_input_tokens_seen:,} in {trainer.state.global_step:,} steps",
+        "time": f"{seconds:.0f} s",
+        "tokens/s": f"{tokens / max(seconds, 1e-9):,.0f}",
+        "validation loss": f"{metrics['eval_loss']:.4f} (unigram model of the same text {data.unigram_loss:.4f})",
+        "perplexity": f"{metrics['eval_perplexity']:.2f}",
+        "next-token accuracy": f"{metrics['eval_accuracy']:.4f}",
+        "bits per byte": f"{metrics['eval_bits_per_byte']:.4f}" if "eval_bits_per_byte" in metrics else "unknown",
+        "model": str(folder),
+        "TensorBoard": f"tensorboard --logdir {folder / 'runs'}",
+    }
+    if (folder / "spectral_log").is_dir():
+        rows["spectra"] = f"python scripts/track_manifold.py --plot_only --run {folder}"
+    width = max(map(len, rows))
+    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "The", length: int = 40) -> str:
+    """`length` new tokens, drawn from the model with the KV cache (fixed seed, the global one untouched)."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ids = model.generate(
+            **inputs, max_new_tokens=length, do_sample=True, top_k=50, pad_token_id=tokenizer.pad_token_id
+        )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -1,0 +1,103 @@
+"""`BlueberryTrainer`: transformers' Trainer with the hybrid optimizer."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+from transformers.trainer_utils import SchedulerType
+
+from ..errors import UsageError
+from ..optim.build import build_optimizer
+from ..optim.composed import ComposedOptimizer
+from .arguments import BlueberryTrainingArguments
+
+
+class BlueberryTrainer(Trainer):
+    """Trainer whose optimizer is `build_optimizer(model, args)`.
+
+    Gradients are clipped inside the optimizer, group by group (AdamW's by default); `max_grad_norm` sets the bound and
+    the logged `grad_norm` is that of all gradients before clipping. Logs carry one learning rate for each group and
+    tokens per second since the last log. `args.train_tokens` sets the number of steps from the length of the windows.
+    """
+
+    args: BlueberryTrainingArguments
+
+    def __init__(self, *positional: Any, **named: Any):
+        super().__init__(*positional, **named)
+        if not isinstance(self.args, BlueberryTrainingArguments):
+            raise UsageError(f"BlueberryTrainer got {type(self.args).__name__}: use BlueberryTrainingArguments")
+        if self.args.train_tokens is not None:
+            self.args.max_steps = math.ceil(self.args.train_tokens / self.tokens_per_step())
+        self._clock, self._tokens_at_clock = time.perf_counter(), 0
+
+    def tokens_per_step(self) -> int:
+        """Tokens that all processes together see in one optimizer step."""
+        windows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return windows * self._window_length()
+
+    def _window_length(self) -> int:
+        dataset = self.train_dataset
+        if dataset is None:
+            raise UsageError("train_tokens needs a train_dataset: its windows tell how many tokens a step has")
+        first = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
+        return len(first["input_ids"])
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """transformers' schedules; warmup_stable_decay decays over the last fifth unless told otherwise."""
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            decay_steps = max(1, num_training_steps // 5)
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay_steps} | (self.args.lr_scheduler_kwargs or {})
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Norm of all gradients; a ComposedOptimizer clips by itself (its groups carry `max_grad_norm`)."""
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ComposedOptimizer):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log; training rows also get one learning rate for each group and the speed since the last row."""
+        if "loss" in logs:
+            logs.pop("learning_rate", None)
+            logs |= {f"lr/{group['name']}": float(group["lr"]) for group in self._named_groups()}
+            logs["tokens_per_second"] = self._speed()
+        super().log(logs, start_time)
+
+    def _named_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups that `build_optimizer` named; a user's own optimizer has none."""
+        return [group for group in self.optimizer.param_groups if "name" in group]
+
+    def _speed(self) -> float:
+        """Tokens per second since the last call, evaluation and saving left out."""
+        now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+        speed = (tokens - self._tokens_at_clock) / max(now - self._clock, 1e-9)
+        self._clock, self._tokens_at_clock = now, tokens
+        return speed
+
+    def _run_epoch(self, *positional: Any, **named: Any) -> None:
+        self._clock, self._tokens_at_clock = time.perf_counter(), self.state.num_input_tokens_seen
+        super()._run_epoch(*positional, **named)
+
+    def evaluate(self, *positional: Any, **named: Any) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = super().evaluate(*positional, **named)
+        self._clock += time.perf_counter() - start
+        return metrics
+
+    def _save_checkpoint(self, *positional: Any, **named: Any) -> None:
+        start = time.perf_counter()
+        super()._save_checkpoint(*positional, **named)
+        self._clock += time.perf_counter() - start
