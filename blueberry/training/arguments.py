@@ -73,6 +73,7 @@ class BlueberryTrainingArguments(TrainingArguments):
         if self.output_dir is None:
             self.output_dir = os.path.join("results", self.run_name or f"blueberry-{self.optimizer}")
         super().__post_init__()
+        self._check_processes()
         if self.optim not in _ADAMW_NAMES:
             raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon or adamw")
 
@@ -113,3 +114,11 @@ class BlueberryTrainingArguments(TrainingArguments):
                                  "both set the length of training: give one")  # fmt: skip
         if self.num_train_epochs is None:
             self.num_train_epochs = 1.0
+
+    def _check_processes(self) -> None:
+        """Processes that did not find each other would train apart and write over one another."""
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise UsageError(
+                f"{launched} processes were launched but {self.world_size} is running: on CPUs pass --use_cpu true"
+            )

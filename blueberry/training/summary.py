@@ -40,12 +40,9 @@ def print_summary(trainer: BlueberryTrainer, data: PreparedData, metrics: dict[s
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
 
 
+@torch.inference_mode()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "The", length: int = 40) -> str:
-    """`length` new tokens, drawn from the model with the KV cache (fixed seed, the global one untouched)."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        ids = model.generate(
-            **inputs, max_new_tokens=length, do_sample=True, top_k=50, pad_token_id=tokenizer.pad_token_id
-        )
+    """The prompt and `length` new tokens at most, drawn from the model with the KV cache."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_k=50)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
