@@ -1,0 +1,57 @@
+"""Draw the spectral figures of a run from its log alone.
+
+python scripts/track_manifold.py --plot_only [--run results/NAME] [--output_dir results/research_plots/NAME]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from blueberry.errors import UsageError
+from blueberry.spectral.log import FOLDER
+
+RESULTS = Path("results")
+
+
+def newest_run(results: Path) -> Path:
+    """The run folder under `results` whose spectral log was written to last."""
+    logs = [log for log in results.glob(f"*/{FOLDER}") if log.is_dir()]
+    if not logs:
+        raise UsageError(
+            f"no run with a spectral log under {results}/: train with --track_manifold true, or pass --run"
+        )
+    return max(logs, key=lambda log: log.stat().st_mtime_ns).parent
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; argparse exits with code 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--plot_only", action="store_true", required=True, help="draw from the log; nothing is trained"
+    )
+    parser.add_argument("--run", type=Path, help="run folder (default: the newest under results/ with a spectral log)")
+    parser.add_argument("--output_dir", type=Path, help="default: results/research_plots/<name of the run>")
+    parser.add_argument("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw, print where the figures are; exit code 2 and one line for what the user can mend."""
+    settings = parse_arguments(arguments)
+    try:
+        run = settings.run or newest_run(RESULTS)
+        if not run.is_dir():
+            raise UsageError(f"no run folder {run}; --run takes the output folder of a training run")
+        from blueberry.spectral.plots import draw_run
+
+        output_dir = settings.output_dir or RESULTS / "research_plots" / run.resolve().name
+        figures = draw_run(run, output_dir, settings.formats)
+    except UsageError as error:
+        print(f"track_manifold.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(figures)} figures of {run} in {output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

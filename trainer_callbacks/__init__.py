@@ -1,0 +1,16 @@
+"""TrainerCallbacks for any transformers Trainer. Names are imported when first used."""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "SpectralMetricsCallback": "spectral_metrics",
+    "TensorBoardCallback": "tensorboard",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

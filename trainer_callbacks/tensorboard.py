@@ -1,0 +1,65 @@
+"""One logical TensorBoard log per run, in one fixed folder, that other callbacks may write into."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback as HFTensorBoardCallback
+
+FOLDER = "runs"
+
+
+def open_writer(folder: str | os.PathLike, step: int) -> SummaryWriter:
+    """A writer into `folder` that hides what an earlier process logged there after `step`.
+
+    step: the step that training continues from; 0 starts over and hides everything.
+    """
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+
+
+class TensorBoardCallback(HFTensorBoardCallback):
+    """transformers' TensorBoardCallback, with one log per run: `<output_dir>/runs`, resumed without repeated steps.
+
+    `$TENSORBOARD_LOGGING_DIR` is honoured. The writer stays open after training, so that evaluations and hparams
+    land in the same event file; everything is flushed at every log. Use `report_to="none"` beside it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the writer and write the arguments and the model config as text."""
+        if state.is_world_process_zero:
+            self.writer(args, state)
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the numbers of `Trainer.log`."""
+        if state.is_world_process_zero:
+            self.writer(args, state)
+            super().on_log(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Flush; an evaluation after training still goes into the same log."""
+        if self.tb_writer is not None:
+            self.tb_writer.flush()
+
+    def writer(self, args: TrainingArguments, state: TrainerState) -> SummaryWriter:
+        """The writer of this run, opened when first asked for (rank 0 only)."""
+        if self.tb_writer is None:
+            self.logging_dir = self.logging_dir or os.path.join(args.output_dir, FOLDER)
+            self.tb_writer = open_writer(self.logging_dir, state.global_step)
+        return self.tb_writer
+
+    def add_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Show settings and final metrics in the HPARAMS tab, through the same writer (no second event file)."""
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        for summary in hparams(plain, dict(metrics)):
+            self.tb_writer.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            self.tb_writer.add_scalar(name, value)
+        self.tb_writer.flush()
