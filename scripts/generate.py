@@ -4,10 +4,9 @@ python scripts/generate.py --model results/demo --prompt "My fellow citizens,"
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from blueberry.errors import UsageError
+from blueberry.errors import UsageError, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,8 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

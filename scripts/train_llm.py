@@ -6,11 +6,10 @@
 (`--output_dir`): config.yaml, runs/ (TensorBoard), spectral_log/, eval_results.json, checkpoint-*, model, tokenizer.
 """
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 
-from blueberry.errors import UsageError
+from blueberry.errors import run_script
 
 
 @dataclass
@@ -117,8 +116,4 @@ def finish(trainer, data) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

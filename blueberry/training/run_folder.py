@@ -17,8 +17,11 @@ from .arguments import BlueberryTrainingArguments
 CONFIG = "config.yaml"
 EVAL_RESULTS = "eval_results.json"
 AUDIT = "optimizer_audit.json"
-# Secrets, what belongs to one start of a run only, and what follows from other arguments.
-_LEFT_OUT = {"hub_token", "resume_from_checkpoint", "overwrite_output_dir", "learning_rate"}
+# Secrets, what belongs to one start of a run or one process only, and what TrainingArguments derives by itself.
+_LEFT_OUT = {
+    "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "learning_rate", "run_name",
+    "include_num_input_tokens_seen", "accelerator_config", "disable_tqdm", "optim", "do_eval",
+}  # fmt: skip
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
     CONFIG, EVAL_RESULTS, AUDIT, "runs", "spectral_log", "checkpoint-*", "config.json", "generation_config.json",
@@ -77,11 +80,11 @@ def describe(training: BlueberryTrainingArguments, *groups: Any) -> dict[str, An
     Take it before the Trainer derives anything from them.
     """
     settings = {item.name: getattr(group, item.name) for group in groups for item in dataclasses.fields(group)}
-    defaults = BlueberryTrainingArguments(output_dir=training.output_dir)
     own = BlueberryTrainingArguments.__annotations__
     for item in dataclasses.fields(training):
         value = getattr(training, item.name)
-        if item.init and item.name not in _LEFT_OUT and (item.name in own or value != getattr(defaults, item.name)):
+        changed = value != item.default and value not in ([], {}, "", None)
+        if item.name not in _LEFT_OUT and (item.name in own or changed):
             settings[item.name] = value
     if training.train_tokens is not None:
         settings.pop("num_train_epochs", None)
