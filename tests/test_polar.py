@@ -39,16 +39,16 @@ def test_newton_schulz_applies_its_polynomial_to_the_singular_values(shape, coef
     torch.testing.assert_close(newton_schulz(matrix, coefficients=coefficients), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("coefficients", "low", "high"), [("keller_jordan", 0.65, 1.25), ("polar_express", 0.85, 1.15)])
+@pytest.mark.parametrize(
+    ("coefficients", "low", "high"), [("keller_jordan", 0.65, 1.25), ("polar_express", 0.85, 1.15)]
+)
 def test_newton_schulz_brings_singular_values_of_gaussian_matrices_close_to_one(coefficients, low, high):
     sigma = torch.linalg.svdvals(newton_schulz(gaussian(256, 64), coefficients=coefficients))
     assert low < sigma.min() and sigma.max() < high
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    rows=st.integers(1, 40), columns=st.integers(1, 40), exponent=st.integers(-20, 20), seed=st.integers(0, 1000)
-)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), exponent=st.integers(-20, 20), seed=st.integers(0, 1000))
 def test_newton_schulz_does_not_depend_on_scale(rows, columns, exponent, seed):
     matrix = gaussian(rows, columns, seed=seed, dtype=torch.float32)
     expected = newton_schulz(matrix, dtype=torch.float32)
