@@ -17,18 +17,14 @@ def newest_run(results: Path) -> Path:
     """The run folder under `results` whose spectral log was written to last."""
     logs = [log for log in results.glob(f"*/{FOLDER}") if log.is_dir()]
     if not logs:
-        raise UsageError(
-            f"no run with a spectral log under {results}/: train with --track_manifold true, or pass --run"
-        )
+        raise UsageError(f"no spectral log under {results}/: train with --track_manifold true, or pass --run")
     return max(logs, key=lambda log: log.stat().st_mtime_ns).parent
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; argparse exits with code 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--plot_only", action="store_true", required=True, help="draw from the log; nothing is trained"
-    )
+    parser.add_argument("--plot_only", action="store_true", required=True, help="draw from the log, train nothing")
     parser.add_argument("--run", type=Path, help="run folder (default: the newest under results/ with a spectral log)")
     parser.add_argument("--output_dir", type=Path, help="default: results/research_plots/<name of the run>")
     parser.add_argument("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"])

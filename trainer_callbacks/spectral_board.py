@@ -1,16 +1,16 @@
 """What of the spectral log TensorBoard shows: scalars, histograms of spectra, layer x step heatmaps, chart layout."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from blueberry.errors import UsageError
-from blueberry.spectral.log import SpectralLog
 from blueberry.spectral.metrics import Row
 from blueberry.spectral.names import matrix_name
+
+from .heatmap import heatmap
 
 SCALARS = (
     "spectral_norm",
@@ -30,8 +30,7 @@ class SpectralBoard:
     """Writes the logs of one run through a SummaryWriter. Experts of a layer are averaged.
 
     Tags are `<metric>/<module.projection>/layer_<nn>`; the custom scalars tab has one chart per metric and projection
-    with the first, middle and last layer. Heatmaps are drawn again whenever the number of logs has doubled, and at
-    the end: a figure costs as much as the metrics of a small model.
+    with the first, middle and last layer.
     """
 
     def __init__(self, writer: SummaryWriter, parameters: Iterable[str]):
@@ -39,46 +38,50 @@ class SpectralBoard:
         names = [matrix_name(parameter) for parameter in parameters]
         self.layers = _first_middle_last(sorted({name.layer for name in names if name.layer is not None}))
         self.projections = sorted({f"{name.module}.{name.projection}" for name in names})
-        self._logs = 0
+        self._history: dict[tuple[str, int | None, int], dict[str, float | None]] = {}
         writer.add_custom_scalars(self._layout())
 
-    def write(self, step: int, rows: Sequence[Row], log: SpectralLog) -> None:
+    def write(self, step: int, rows: Iterable[Row]) -> None:
         """Show the rows of one step."""
+        self._show_scalars(step, self.remember(step, rows))
+        self._heatmaps(step)
+        self.writer.flush()
+
+    def remember(self, step: int, rows: Iterable[Row]) -> dict[Place, list[Row]]:
+        """Keep the means over experts for the heatmaps; returns the rows by place."""
         places: dict[Place, list[Row]] = defaultdict(list)
         for row in rows:
             places[f"{row['module']}.{row['projection']}", row["layer"]].append(row)
         for place, experts in places.items():
-            for metric in SCALARS:
-                values = [row[metric] for row in experts if row.get(metric) is not None]
-                if values:
-                    self.writer.add_scalar(_tag(metric, place), fmean(values), step)
-            self._histogram(step, place, experts)
-        self._logs += 1
-        if self._logs > 1 and self._logs & (self._logs - 1) == 0:
-            self._heatmaps(step, log)
-        self._last_step = step
+            self._history[*place, step] = {metric: _mean(experts, metric) for metric in SCALARS}
+        return places
 
-    def finish(self, log: SpectralLog) -> None:
-        """Draw the final heatmaps and flush."""
-        self._heatmaps(self._last_step, log)
-        self.writer.flush()
+    def _show_scalars(self, step: int, places: Mapping[Place, list[Row]]) -> None:
+        for place, experts in places.items():
+            for metric, value in self._history[*place, step].items():
+                if value is not None:
+                    self.writer.add_scalar(_tag(metric, place), value, step)
+            self._histogram(step, place, experts)
 
     def _histogram(self, step: int, place: Place, experts: list[Row]) -> None:
         spectra = [row["singular_values"] for row in experts if row.get("singular_values")]
         if spectra and place[1] in self.layers:
             self.writer.add_histogram(_tag("singular_values", place), np.mean(spectra, axis=0), step)
 
-    def _heatmaps(self, step: int, log: SpectralLog) -> None:
-        from blueberry.spectral.plots import layer_heatmap, pixels
-
-        frame = log.read()
+    def _heatmaps(self, step: int) -> None:
+        steps = sorted({s for _, _, s in self._history})
         for metric in HEATMAPS:
-            try:
-                self.writer.add_image(
-                    f"heatmap/{metric}", pixels(layer_heatmap(frame, metric)), step, dataformats="HWC"
-                )
-            except UsageError:  # this metric is not logged
-                continue
+            blocks = {projection: self._block(metric, projection, steps) for projection in self.projections}
+            known = {projection: block for projection, block in blocks.items() if not np.isnan(block).all()}
+            if known and len(steps) > 1:
+                image = heatmap(metric.replace("_", " "), known, steps)
+                self.writer.add_image(f"heatmap/{metric}", image, step, dataformats="HWC")
+
+    def _block(self, metric: str, projection: str, steps: list[int]) -> np.ndarray:
+        """Values (layers, steps) of one projection; NaN where there is none."""
+        layers = sorted({layer for place, layer, _ in self._history if place == projection}, key=lambda x: x or 0)
+        get = lambda layer, step: self._history.get((projection, layer, step), {}).get(metric)
+        return np.array([[get(layer, step) for step in steps] for layer in layers], dtype=float)
 
     def _layout(self) -> dict[str, dict[str, list]]:
         """Few lines per chart: TensorBoard draws all lines of a run in one colour."""
@@ -93,6 +96,11 @@ class SpectralBoard:
 
 def _first_middle_last(layers: list[int]) -> list[int | None]:
     return sorted({layers[0], layers[len(layers) // 2], layers[-1]}) if layers else [None]
+
+
+def _mean(rows: list[Row], metric: str) -> float | None:
+    values = [row[metric] for row in rows if row.get(metric) is not None]
+    return fmean(values) if values else None
 
 
 def _tag(metric: str, place: Place) -> str:

@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def log_schedule(max_steps: int, logs: int) -> set[int]:
-    """Steps to log at: the powers of two up to the spacing of `logs` equal intervals, then those; and 0 and the last.
+    """Steps to log at: 0, the powers of four below the spacing of `logs` equal intervals, and those intervals' ends.
 
     Spectra move fastest at the start. Depends on nothing but its arguments, so a resumed run logs the same steps.
     """
     spacing = max(1, math.ceil(max_steps / logs))
-    early = {2**i for i in range(spacing.bit_length()) if 2**i < spacing}
+    early = {4**i for i in range(spacing.bit_length()) if 4**i < spacing}
     return {0, max_steps} | early | set(range(spacing, max_steps, spacing))
 
 
@@ -82,7 +82,7 @@ class SpectralMetricsCallback(TrainerCallback):
         self,
         every_n_steps: int | None = None,
         *,
-        logs_per_run: int = 16,
+        logs_per_run: int = 10,
         metrics: Iterable[str] | None = None,
         layers: Iterable[int] | None = None,
         projections: Iterable[str] | None = None,
@@ -115,12 +115,9 @@ class SpectralMetricsCallback(TrainerCallback):
         self._last_step = state.global_step
         if state.is_world_process_zero:
             self.log = SpectralLog(Path(args.output_dir) / FOLDER)
-            if state.global_step:
-                self.log.truncate(after_step=state.global_step)
-            else:
-                self.log.clear()
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="spectral")
             self.board = SpectralBoard(self._writer(args, state), self.matrices)
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="spectral")
+            self._rewind(state.global_step)
         if state.global_step == 0:
             self._record(0, state, self._copies(state))
 
@@ -166,7 +163,6 @@ class SpectralMetricsCallback(TrainerCallback):
             return
         self._pool.shutdown()
         self._guarded(self.log.compact)
-        self.board.finish(self.log)
         for failure in self.failures:
             logger.warning("spectral log: %s", failure)
 
@@ -189,6 +185,16 @@ class SpectralMetricsCallback(TrainerCallback):
         if self.every_n_steps is None:
             return log_schedule(max_steps, self.logs_per_run)
         return {max_steps, *range(0, max_steps, self.every_n_steps)}
+
+    def _rewind(self, step: int) -> None:
+        """Put log and heatmaps into the state that they had at `step`."""
+        if step == 0:
+            self.log.clear()
+            return
+        self.log.truncate(after_step=step)
+        rows = self.log.table().to_pylist() if self.log.parts() else []
+        for earlier in sorted({row["step"] for row in rows}):
+            self.board.remember(earlier, [row for row in rows if row["step"] == earlier])
 
     def _copies(self, state: TrainerState) -> dict[str, Tensor]:
         """Copies on the CPU. Sharded parameters are gathered by all ranks together; only rank 0 keeps them."""
@@ -223,7 +229,7 @@ class SpectralMetricsCallback(TrainerCallback):
         rows = analyze(after, updates, top_k=self.top_k, k=self.k, updated=True, workers=self.workers)
         rows = [self._keep({"step": step, "tokens": tokens} | row) for row in rows]
         self._guarded(lambda: self.log.append(rows))
-        self.board.write(step, rows, self.log)
+        self.board.write(step, rows)
 
     def _keep(self, row: Row) -> Row:
         dropped = set() if self.metrics is None else set(METRICS) - self.metrics

@@ -39,7 +39,8 @@ def update_metrics(weight: Tensor, update: Tensor, k: int = 5) -> Row:
     `update_alignment_right` the same on the right. `update_subspace_gap` = sigma_k / sigma_(k+1) of the update says
     whether its top-k subspace means anything (1: it is arbitrary). `update_energy_in_top_k` is the share of
     norm_F(update)^2 inside the top-k left subspace of the weight; by chance it is k / out (`update_energy_chance`).
-    `update_to_weight_ratio` divides Frobenius norms. k is lowered to min(out, in) for smaller matrices.
+    `update_to_weight_ratio` divides Frobenius norms. k is lowered to min(out, in) for smaller matrices; where it is
+    the whole side, every subspace agrees with every other, and that side's alignment and energy are None.
     """
     _require_matrix(weight)
     if weight.shape != update.shape:
@@ -74,7 +75,7 @@ def update_rows(weights: Tensor, updates: Tensor, k: int = 5) -> list[Row]:
         if NOT_FINITE in (of_weight, of_update):
             row |= dict.fromkeys(set(UPDATE_METRICS) - {"update_energy_chance"})
         cause = f"of the weight, {of_weight}" if of_weight else f"of the update, {of_update}" if of_update else None
-        rows.append(_with_reason(row, cause or "the rank is below k + 1"))
+        rows.append(_with_reason(row, cause or "k is not below the rank"))
     return rows
 
 
@@ -179,7 +180,7 @@ def _distribution(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _entropy(p: Tensor) -> Tensor:
     """-sum p log p along the last dimension, with 0 log 0 = 0."""
-    return -torch.xlogy(p, p).sum(-1)
+    return torch.special.entr(p).sum(-1)
 
 
 def normalized_entropy(p: Tensor) -> Tensor:
@@ -211,10 +212,10 @@ def _update_values(weights: Tensor, updates: Tensor, k: int) -> dict[str, Tensor
     energy = captured.square().sum((-1, -2)) / norm.square()
     gap = sigma[:, k - 1] / sigma[:, k] if k < sigma.shape[-1] else torch.full_like(norm, torch.nan)
     return {
-        "update_alignment": _defined(long if tall else short, known),
-        "update_alignment_right": _defined(short if tall else long, known),
+        "update_alignment": _defined(long if tall else short, known & (k < out)),
+        "update_alignment_right": _defined(short if tall else long, known & (k < columns)),
         "update_subspace_gap": _defined(gap, _has_rank(d_values, k + 1)),
-        "update_energy_in_top_k": _defined(energy, _has_rank(w_values, k)),
+        "update_energy_in_top_k": _defined(energy, _has_rank(w_values, k) & (k < out)),
         "update_energy_chance": torch.full_like(norm, k / out),
         "update_spectral_norm": of_update["spectral_norm"],
         "update_frobenius_norm": norm,

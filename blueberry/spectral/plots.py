@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -42,7 +42,9 @@ def spectral_entropy(log: pd.DataFrame) -> Figure:
 
 def update_alignment(log: pd.DataFrame) -> Figure:
     """Mean cosine between the top-k left subspaces of update and weights, with the level of random subspaces."""
-    figure = _evolution(log, "update_alignment", "Alignment of updates with weights", "mean cosine, top-$k$ left")
+    figure = _evolution(
+        log, "update_alignment", "Alignment of updates with weights (dashed: chance)", "mean cosine, top-$k$ left"
+    )
     for axes, rows in zip(figure.axes, _groups(log, "update_alignment"), strict=False):
         out, k = int(rows["rows"].iloc[0]), _subspace_dimension(rows)
         _chance_line(axes, alignment_by_chance(out, k))
@@ -51,7 +53,7 @@ def update_alignment(log: pd.DataFrame) -> Figure:
 
 def update_energy_in_top_k(log: pd.DataFrame) -> Figure:
     """Share of the update's energy inside the weights' top-k left subspace, with its chance level k / out."""
-    title = "Update energy in the weights' top subspace"
+    title = "Update energy in the weights' top subspace (dashed: chance)"
     figure = _evolution(log, "update_energy_in_top_k", title, r"share of $\|\Delta W\|_F^2$")
     for axes, rows in zip(figure.axes, _groups(log, "update_energy_in_top_k"), strict=False):
         _chance_line(axes, float(rows["update_energy_chance"].iloc[0]))
@@ -143,13 +145,6 @@ def draw_run(run_dir: str | Path, output_dir: str | Path, formats: Sequence[str]
     return written
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    """The figure as an image (height, width, 3), uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
 class NothingToDraw(UsageError):
     """The log holds no value of the metric that a figure shows."""
 
@@ -183,15 +178,20 @@ def _groups(log: pd.DataFrame, metric: str) -> Iterator[pd.DataFrame]:
 
 
 def _panels(log: pd.DataFrame, title: str) -> tuple[Figure, Iterator[tuple[Axes, pd.DataFrame]]]:
-    """A figure with one panel per projection, in the order of the model, and (panel, its rows)."""
+    """A figure with one panel per projection, in the order of the model, and (panel, its rows).
+
+    Sizes in inches, not constrained layout: solving for a layout takes longer than everything else here.
+    """
     groups = list(log.groupby(["module", "projection"], sort=False))
     columns = min(len(groups), 4 if len(groups) in (4, 7, 8) or len(groups) > 9 else 3)
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(2.75 * columns + 0.9, 2.15 * lines + 0.75), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    grid = figure.subplots(lines, columns, sharex=True, squeeze=False).flat
-    for axes in list(grid)[len(groups) :]:
-        axes.remove()
+    width, height = 0.75 + 2.65 * columns + 0.6, 0.7 + 2.05 * lines + 0.1
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(title, fontsize=12, y=1 - 0.12 / height, va="top")
+    grid = figure.add_gridspec(lines, columns, left=0.75 / width, right=1 - 1.0 / width, wspace=0.28,
+                               bottom=0.6 / height, top=1 - 0.65 / height, hspace=0.48)  # fmt: skip
+    for i in range(len(groups)):
+        figure.add_subplot(grid[i])
     return figure, _titled(figure.axes, groups)
 
 
@@ -209,14 +209,14 @@ def _titled(panels: Sequence[Axes], groups: Sequence[tuple]) -> Iterator[tuple[A
 
 
 def _label(figure: Figure, x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=10)
-    figure.supylabel(y, fontsize=10)
+    width, height = figure.get_size_inches()
+    figure.supxlabel(x, fontsize=10, y=0.1 / height, va="bottom")
+    figure.supylabel(y, fontsize=10, x=0.12 / width, ha="left")
 
 
 def _chance_line(axes: Axes, level: float) -> None:
     axes.axhline(level, **CHANCE)
-    axes.annotate("chance", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-                  ha="right", va="bottom", fontsize=7, color="0.35")  # fmt: skip
+    axes.set_ylim(bottom=0)
 
 
 def _spectrum_line(axes: Axes, rows: pd.DataFrame, **style: object) -> None:
@@ -251,8 +251,10 @@ def _depth_colorbar(figure: Figure, log: pd.DataFrame) -> None:
         bar.ax.minorticks_off()
 
 
-def _colorbar(figure: Figure, mappable: ScalarMappable, label: str) -> matplotlib.colorbar.Colorbar:
-    bar = figure.colorbar(mappable, ax=figure.axes, shrink=0.9, aspect=28, pad=0.015)
+def _colorbar(figure: Figure, mappable: ScalarMappable, label: str) -> Colorbar:
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((1 - 0.85 / width, 0.75 / height, 0.13 / width, 1 - 1.55 / height))
+    bar = figure.colorbar(mappable, cax=axes)
     bar.set_label(label, fontsize=9.5)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
