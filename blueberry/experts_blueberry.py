@@ -156,7 +156,7 @@ def _zero_idle_experts(grads: list[Tensor | None], routing: Routing, num_experts
 def blueberry_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The forward of an experts module: hidden_states (tokens, hidden), routing (tokens, top_k) -> (tokens, hidden)."""
+    """Experts on hidden_states (tokens, hidden), routed by top_k_index and top_k_weights (tokens, top_k)."""
     if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or self.has_post_expert_norm:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     up, up_bias = (self.gate_up_proj if self.has_gate else self.up_proj), None

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
+from .losses_blueberry import router_losses, sequence_weights
 
 logger = logging.get_logger(__name__)
 
@@ -402,58 +403,6 @@ class BlueberryModel(BlueberryPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def load_balancing_loss(router_logits: Tensor, token_mask: Tensor, top_k: int) -> Tensor:
-    """The loss E sum_e f_e P_e of each sequence, averaged over layers; one when the experts are evenly loaded.
-
-    f_e is the share of the sequence's routed tokens that went to expert e and P_e its mean router probability
-    (https://arxiv.org/abs/2101.03961, equation 4, with top-k counts divided by k). Taken per sequence, because a
-    product of batch means could not be split over micro-batches or ranks.
-
-    router_logits (layers, batch, seq, experts); token_mask (batch, seq), False for padding -> (batch,).
-    """
-    mask = token_mask[None, :, :, None]  # (1, batch, seq, 1)
-    tokens = mask.sum(dim=-2).clamp(min=1)  # (1, batch, 1)
-    probabilities = router_logits.softmax(dim=-1)
-    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-    share = torch.where(mask, chosen, 0.0).sum(dim=-2) / (tokens * top_k)  # (layers, batch, experts)
-    mean_probability = torch.where(mask, probabilities, 0.0).sum(dim=-2) / tokens
-    return router_logits.shape[-1] * (share * mean_probability).sum(dim=-1).mean(dim=0)
-
-
-def router_z_loss(router_logits: Tensor, token_mask: Tensor) -> Tensor:
-    """The mean of logsumexp(logits)^2 over the tokens of each sequence and over layers (https://arxiv.org/abs/2202.08906).
-
-    router_logits (layers, batch, seq, experts); token_mask (batch, seq), False for padding -> (batch,).
-    """
-    squares = torch.where(token_mask, router_logits.logsumexp(dim=-1).square(), 0.0)  # (layers, batch, seq)
-    return (squares.sum(dim=-1) / token_mask.sum(dim=-1).clamp(min=1)).mean(dim=0)
-
-
-def sequence_weights(
-    labels: Tensor | None,
-    token_mask: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    **kwargs,
-) -> Tensor:
-    """What each sequence contributes to a loss of the whole batch: its share of the tokens the cross-entropy counts.
-
-    The cross-entropy is summed over counted labels and divided by `num_items_in_batch`, the count of the *global*
-    batch; a per-sequence loss weighted in the same way does not depend on how that batch is split over accumulation
-    steps and ranks. Without labels every token of `token_mask` counts. Returns (batch,).
-    """
-    if shift_labels is None and labels is None:
-        counts = token_mask.sum(dim=-1)
-    else:
-        targets = labels[..., 1:] if shift_labels is None else shift_labels
-        counts = targets.ne(kwargs.get("ignore_index", -100)).sum(dim=-1).to(token_mask.device)
-    if num_items_in_batch is None:
-        num_items_in_batch = counts.sum().clamp(min=1)
-    elif torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(counts.device)
-    return counts / num_items_in_batch
-
-
 class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
     """Blueberry with a language-modeling head, tied to the embeddings by default."""
 
@@ -509,8 +458,13 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if wants_router_losses:
-            aux_loss, router_loss = self._router_losses(outputs, attention_mask, labels, **kwargs)
+            shape = outputs.last_hidden_state.shape[:2]
+            weights, token_mask = sequence_weights(shape, attention_mask, labels, **kwargs)
+            aux_loss, z_loss = router_losses(
+                outputs.router_logits, weights, token_mask, self.config.num_experts_per_tok
+            )
             if loss is not None and self.training:
+                router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
                 loss = loss + router_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -521,22 +475,6 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-
-    def _router_losses(
-        self, outputs: MoeModelOutputWithPast, attention_mask: Tensor | None, labels: Tensor | None, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Return the load-balancing loss, and the sum of both router losses times their coefficients; scalars."""
-        batch, seq, _ = outputs.last_hidden_state.shape
-        device = outputs.router_logits[0].device
-        logits = torch.stack([layer.to(device) for layer in outputs.router_logits]).unflatten(1, (batch, seq))
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -seq:].to(device=device, dtype=torch.bool)
-        else:  # no padding that we could know of
-            token_mask = torch.ones(batch, seq, dtype=torch.bool, device=device)
-        weights = sequence_weights(labels, token_mask, **kwargs)
-        balance = (load_balancing_loss(logits, token_mask, self.config.num_experts_per_tok) * weights).sum()
-        z_loss = (router_z_loss(logits, token_mask) * weights).sum()
-        return balance, self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z_loss
 
 
 class BlueberryForSequenceClassification(GenericForSequenceClassification, BlueberryPreTrainedModel):
