@@ -3,6 +3,7 @@
 The file ships to the Hub as remote code, so it imports transformers only.
 """
 
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
@@ -199,7 +200,7 @@ class BlueberryConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-        known = set(cls.default_config_fields()) | {"num_labels", "attn_implementation", "experts_implementation"}
+        known = {field.name for field in fields(cls)} | {"num_labels", "attn_implementation", "experts_implementation"}
         if unknown := sorted(set(overrides) - known):
             raise ValueError(
                 f"unknown config key {', '.join(map(repr, unknown))}: choose from {', '.join(sorted(known))}"

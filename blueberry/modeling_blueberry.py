@@ -148,24 +148,20 @@ class BlueberryAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (batch, seq, hidden) and, from eager attention, the weights."""
-        seq_shape = hidden_states.shape[:-1]
-        heads_shape = (*seq_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads_shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads_shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads_shape).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         query = apply_rotary_pos_emb(query, *position_embeddings)
         key = apply_rotary_pos_emb(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*seq_shape, -1).contiguous()), weights
+        name = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
 
 
 class BlueberryMLP(nn.Module):
@@ -329,9 +325,19 @@ class BlueberryPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError for a token id outside the vocabulary. CPU only: elsewhere the look would stall the device."""
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or input_ids.numel() == 0:
+def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> None:
+    """Raise ValueError unless there is exactly one of the two and it is not empty, nor an id outside the vocabulary.
+
+    Ids are looked at on the CPU only: elsewhere the look would stall the device, whose own assertion will fire.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given = inputs_embeds if input_ids is None else input_ids
+    if torch.compiler.is_compiling():
+        return
+    if given.numel() == 0:
+        raise ValueError(f"empty input of shape {tuple(given.shape)}: give at least one sequence of one token")
+    if input_ids is None or input_ids.device.type != "cpu":
         return
     low, high = (int(bound) for bound in input_ids.aminmax())
     if low < 0 or high >= vocab_size:
@@ -368,13 +374,10 @@ class BlueberryModel(BlueberryPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Return `last_hidden_state` (batch, seq, hidden), the cache, and what `output_*` arguments ask for.
 
-        Raises ValueError unless exactly one of `input_ids` and `inputs_embeds` is given, and (on CPU) for token ids
-        outside the vocabulary.
+        Raises ValueError for bad input: see `check_input`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_input(input_ids, inputs_embeds, self.embed_tokens.num_embeddings)
         if inputs_embeds is None:
-            check_token_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
