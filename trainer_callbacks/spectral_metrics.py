@@ -162,7 +162,7 @@ class SpectralMetricsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._pool.shutdown()
-        self._guarded(self.log.compact)
+        self._guarded("compaction", self.log.compact)
         for failure in self.failures:
             logger.warning("spectral log: %s", failure)
 
@@ -228,19 +228,19 @@ class SpectralMetricsCallback(TrainerCallback):
         updates = {name: after[name].float() - old.float() for name, old in before.items()} if before else None
         rows = analyze(after, updates, top_k=self.top_k, k=self.k, updated=True, workers=self.workers)
         rows = [self._keep({"step": step, "tokens": tokens} | row) for row in rows]
-        self._guarded(lambda: self.log.append(rows))
+        self._guarded(f"step {step}", lambda: self.log.append(rows))
         self.board.write(step, rows)
 
     def _keep(self, row: Row) -> Row:
         dropped = set() if self.metrics is None else set(METRICS) - self.metrics
         return {name: value for name, value in row.items() if name not in dropped}
 
-    def _guarded(self, write: Callable[[], None]) -> None:
+    def _guarded(self, what: str, write: Callable[[], None]) -> None:
         """A full disk costs a log, not the training run."""
         try:
             write()
         except OSError as error:
-            self.failures.append(f"could not write: {error}")
+            self.failures.append(f"{what}: could not write: {error}")
 
     def _writer(self, args: TrainingArguments, state: TrainerState) -> SummaryWriter:
         if self.tensorboard is not None:
