@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+BATCH_SIZE = 2_000_000
 RECIPE = "windows-1"  # part of the cache key: raise it when packing changes its result
 
 
@@ -126,16 +127,29 @@ def windows(
 
 
 def token_arrays(documents: Dataset | IterableDataset, encoder: Encoder) -> Iterator[np.ndarray]:
-    """Token ids of the documents, one array per batch of documents, with a progress bar after two seconds."""
+    """Token ids of the documents, an array per batch of documents, with a progress bar after two seconds."""
     from datasets import Dataset
     from tqdm.auto import tqdm
 
     counted = isinstance(documents, Dataset)
     bar = tqdm(total=len(documents) if counted else None, desc="Tokenizing", unit="doc", delay=2, disable=not counted)
-    for batch in documents_in_batches(documents, encoder.column, batch_size=32):
+    for batch in _merge_batches(documents_in_batches(documents, encoder.column, batch_size=32), encoder.column):
         yield encoder(batch)
         bar.update(len(batch[encoder.column]))
     bar.close()
+
+
+def _merge_batches(batches: Iterable[dict], column: str) -> Iterator[dict]:
+    """Batches of at least BATCH_SIZE characters or tokens: work for all cores, whatever the documents' length."""
+    pending, size = [], 0
+    for batch in batches:
+        pending.append(batch)
+        size += sum(len(document) for document in batch[column] if document is not None)
+        if size >= BATCH_SIZE:
+            yield {key: [value for part in pending for value in part[key]] for key in batch}
+            pending, size = [], 0
+    if pending:
+        yield {key: [value for part in pending for value in part[key]] for key in pending[0]}
 
 
 def window_features() -> Features:

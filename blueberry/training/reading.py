@@ -146,10 +146,15 @@ def _load(dataset: str, builder: str, files: list[Path], streaming: bool, **opti
     return loaded
 
 
+def is_local_path(name: str) -> bool:
+    """Whether `name` cannot be a Hub id (`name` or `user/name`)."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def _load_hub(dataset: str, config: str | None, streaming: bool) -> dict:
     """Split name -> dataset of a Hub id (or of the cache of an earlier download)."""
     tried = f"--dataset {dataset}: no file or folder of this name"
-    if Path(dataset).suffix in BUILDERS or dataset.count("/") > 1 or dataset.startswith((".", "/", "~")):
+    if Path(dataset).suffix in BUILDERS or is_local_path(dataset):
         raise UsageError(f"{tried}; check the path")
     from datasets import load_dataset
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blueberry.errors import UsageError
+from blueberry.training.reading import is_local_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,13 +90,14 @@ def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write beside `folder` and rename: a reader sees all or nothing, and of two writers the first wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    tokenizer.save_pretrained(scratch)
     try:
+        tokenizer.save_pretrained(scratch)
         scratch.replace(folder)
     except OSError:
-        shutil.rmtree(scratch)
         if not folder.is_dir():  # not a lost race
             raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # gone already when it was renamed
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -106,10 +108,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(name).expanduser()
+    if is_local_path(name) and not folder.is_dir():
+        raise UsageError(f"--tokenizer {name}: no such folder; check the path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            Path(name).expanduser() if Path(name).expanduser().is_dir() else name
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--tokenizer {name}: neither a folder with a tokenizer nor on the Hub ({reason})") from error
@@ -122,8 +125,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
     """Every id of `tokenizer` must have a row in the model's embedding."""
-    if len(tokenizer) > vocab_size:
+    entries = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    if entries > vocab_size:
         raise UsageError(
-            f"the model's vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)} entries; "
-            f"set vocab_size to {len(tokenizer)} or more, or choose a smaller --tokenizer"
+            f"the model's vocab_size {vocab_size} is smaller than the tokenizer's {entries} entries; "
+            f"set vocab_size to {entries} or more, or choose a smaller --tokenizer"
         )
