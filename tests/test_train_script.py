@@ -1,0 +1,230 @@
+"""scripts/train_llm.py end to end at toy size: what it writes, what it refuses, how it resumes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from safetensors.torch import load_file
+
+RUN = ["--train_tokens", 8192, "--per_device_train_batch_size", 8, "--muon_lr", 0.01, "--logging_steps", 4,
+       "--save_steps", 16, "--use_cpu", "true", "--max_validation_tokens", 2048]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arguments(small_corpus: Path, small_config: Path) -> list:
+    return ["--dataset", small_corpus, "--validation_fraction", 0.2, "--config_name", small_config, *RUN]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 32 steps with tracked spectra, launched as users do, in a process of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               "scripts/accelerate_configs/single.yaml", "scripts/train_llm.py", *map(str, arguments),
+               "--track_manifold", "true", "--track_every_n_steps", "8", "--output_dir", str(folder)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_a_run_is_one_folder_with_everything_in_it(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "runs", "spectral_log", "eval_results.json", "optimizer_audit.json", "checkpoint-32",
+            "model.safetensors", "config.json", "tokenizer.json"} <= names  # fmt: skip
+
+
+def test_eval_results_hold_loss_accuracy_perplexity_bits_and_the_unigram_loss(finished):
+    results = json.loads((finished / "eval_results.json").read_text())
+    assert results["eval_perplexity"] == pytest.approx(2.718281828459045 ** results["eval_loss"], rel=1e-4)
+    assert 0 < results["eval_accuracy"] < 1
+    assert 0 < results["eval_bits_per_byte"] < 8
+    assert results["eval_unigram_loss"] < 5.71  # ln 300, the loss of a uniform guess over the vocabulary
+
+
+def test_training_reduces_the_loss(finished):
+    history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[0] == pytest.approx(5.70, abs=0.4)  # ln 300 = 5.70 at the start
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_end_of_a_run_says_what_came_of_it(finished):
+    text = (finished / "stdout.txt").read_text()
+    for name in (
+        "tokens/s",
+        "validation loss",
+        "unigram model",
+        "perplexity",
+        "bits per byte",
+        "TensorBoard",
+        "Sample",
+    ):
+        assert name in text
+
+
+def test_the_audit_says_what_each_parameter_got(finished):
+    audit = json.loads((finished / "optimizer_audit.json").read_text())
+    assert {row["optimizer"] for row in audit if "experts" in row["name"]} == {"muon"}
+    assert {row["optimizer"] for row in audit if "embed" in row["name"] or "gate" in row["name"]} == {"adamw"}
+
+
+def test_tensorboard_has_losses_speed_and_one_learning_rate_for_each_group(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "runs")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "eval/loss", "eval/accuracy", "train/tokens_per_second", "train/lr/muon",
+            "train/lr/adamw"} <= tags  # fmt: skip
+    peak = max(event.value for event in events.Scalars("train/lr/muon"))
+    assert peak == pytest.approx(0.01, rel=0.05)
+    assert any("q_proj" in tag for tag in tags)
+
+
+def test_a_fresh_process_loads_the_model_and_generates_with_the_cache(finished):
+    code = f"""
+import torch, blueberry
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(finished)!r}).eval()
+tokenizer = AutoTokenizer.from_pretrained({str(finished)!r})
+inputs = tokenizer("Fellow citizens", return_tensors="pt", return_token_type_ids=False)
+cached = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+plain = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=False)
+assert type(model).__name__ == "BlueberryForCausalLM" and torch.equal(cached, plain)
+assert tokenizer.decode(tokenizer("Grüße, 世界!").input_ids) == "Grüße, 世界!"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_config_yaml_runs_the_same_again_and_the_command_line_wins(finished, script, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["muon_lr"] == 0.01 and config["train_tokens"] == 8192
+    script("train_llm.py", "--config", finished / "config.yaml", "--output_dir", tmp_path / "again",
+           "--track_manifold", "false")  # fmt: skip
+    ours, theirs = load_file(tmp_path / "again/model.safetensors"), load_file(finished / "model.safetensors")
+    assert not (tmp_path / "again/spectral_log").exists()
+    # the first run was made with one OpenMP thread: another order of sums is all that may differ
+    assert all(torch.allclose(ours[name], theirs[name], atol=0.05) for name in theirs)
+
+
+def rows_of(run: Path) -> pd.DataFrame:
+    keys = ["step", "parameter", "expert"]
+    return pd.read_parquet(run / "spectral_log").sort_values(keys).reset_index(drop=True)
+
+
+def test_a_resumed_run_ends_with_the_same_weights_and_the_same_spectral_log(arguments, script, tmp_path):
+    """Bit-identical on CPU in float32, experts included; the log has neither gaps nor duplicates."""
+    tracked = [*arguments, "--track_manifold", "true", "--track_every_n_steps", 8]
+    script("train_llm.py", *tracked, "--output_dir", tmp_path / "straight")
+    script("train_llm.py", *tracked, "--output_dir", tmp_path / "resumed")
+    for path in (tmp_path / "resumed").glob("model.safetensors"):
+        path.unlink()
+    script("train_llm.py", *tracked, "--output_dir", tmp_path / "resumed",
+           "--resume_from_checkpoint", tmp_path / "resumed/checkpoint-16")  # fmt: skip
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed"))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    pd.testing.assert_frame_equal(rows_of(tmp_path / "straight"), rows_of(tmp_path / "resumed"))
+    assert sorted(rows_of(tmp_path / "resumed").step.unique()) == [0, 8, 16, 24, 32]
+
+
+def test_two_processes_train_one_model(arguments, tmp_path):
+    folder = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+               "scripts/accelerate_configs/multi_cpu.yaml", "--main_process_port", "0", "scripts/train_llm.py",
+               *map(str, arguments), "--per_device_train_batch_size", "4", "--track_manifold", "true",
+               "--output_dir", str(folder)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (folder / "eval_results.json").is_file(), done.stderr[-3000:]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 32  # 2 processes x 4 windows x 32 tokens a step, as 1 x 8 x 32
+    assert json.loads((folder / "eval_results.json").read_text())["eval_loss"] < 5.2
+    assert rows_of(folder).groupby(["step", "parameter", "expert"], dropna=False).size().max() == 1
+
+
+BAD_INPUT = {
+    "unknown preset": (["--preset", "huge"], "unknown preset 'huge': choose one of"),
+    "preset and config": (["--preset", "tiny", "--config_name", "x.json"], "give one of them"),
+    "no tokens": (["--train_tokens", 0], "--train_tokens 0 trains nothing"),
+    "both lengths": (["--max_steps", 5, "--train_tokens", 100], "--max_steps 5 and --train_tokens 100"),
+    "epochs and tokens": (["--num_train_epochs", 2, "--train_tokens", 100], "--num_train_epochs 2.0"),
+    "learning_rate with Muon": (["--learning_rate", 0.1], "use --muon_lr .* and --adamw_lr"),
+    "optim": (["--optim", "adafactor"], "--optim adafactor has no effect here"),
+    "unknown optimizer": (["--optimizer", "sgd"], "--optimizer sgd is unknown: use one of muon, adamw"),
+    "unknown argument": (["--muon_learning_rate", 0.1], "unknown argument --muon_learning_rate"),
+    "missing data": (["--dataset", "no/such/file.txt"], "no/such/file.txt"),
+    "not a number": (["--muon_lr", "fast"], "invalid float value: 'fast'"),
+    "small vocabulary": (["--vocab_size", 100], "100"),
+    "long windows": (["--preset", "tiny", "--max_length", 4096], "--max_length 4096"),
+    "bad fraction": (["--validation_fraction", 1.5], "--validation_fraction 1.5"),
+    "no checkpoint": (["--resume_from_checkpoint"], "holds no checkpoint"),
+    "wrong checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint folder"),
+    "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+    "missing model config": (["--config_name", "nowhere.json"], "--config_name nowhere.json"),
+    "bad tracking cadence": (["--track_manifold", "true", "--track_every_n_steps", -1], "-1"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD_INPUT))
+def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(case, script, small_corpus, tmp_path, capsys):
+    arguments, message = BAD_INPUT[case]
+    given = ["--dataset", small_corpus, "--output_dir", tmp_path / "run", *arguments]
+    with pytest.raises(SystemExit) as stop:
+        script("train_llm.py", *given)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 3}, "num_attention_heads=3"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
+        ({"num_expert": 9}, "unknown key 'num_expert'"),
+    ],
+)
+def test_a_bad_model_config_is_named(change, message, script, small_config, small_corpus, tmp_path, capsys):
+    bad = tmp_path / "config.json"
+    bad.write_text(json.dumps(json.loads(small_config.read_text()) | change))
+    with pytest.raises(SystemExit):
+        script("train_llm.py", "--dataset", small_corpus, "--config_name", bad, "--output_dir", tmp_path / "run")
+    assert message in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_neither_overwritten_nor_touched_without_being_told(finished, arguments, script, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(SystemExit):
+        script("train_llm.py", *arguments, "--output_dir", finished)
+    assert "already holds a run" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_overwriting_replaces_the_run_but_keeps_what_no_run_writes(arguments, script, tmp_path):
+    folder = tmp_path / "run"
+    short = [*arguments, "--train_tokens", 512, "--output_dir", folder]
+    script("train_llm.py", *short)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoint-2" / "old").write_text("old")
+    script("train_llm.py", *short, "--overwrite_output_dir")
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "checkpoint-2").is_dir() and not (folder / "checkpoint-2" / "old").exists()
+
+
+def test_a_folder_of_other_files_is_never_taken_for_a_run(arguments, script, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit):
+        script("train_llm.py", *arguments, "--output_dir", tmp_path, "--overwrite_output_dir")
+    assert "no run of Blueberry" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
