@@ -1,0 +1,1 @@
+"""From text to a trained model: data, arguments, trainer, the folder of a run."""
