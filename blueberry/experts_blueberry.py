@@ -106,11 +106,12 @@ class _SortedExperts(torch.autograd.Function):
         hidden, scores, up, up_bias, down, down_bias, inner, outer = ctx.saved_tensors
         routing: Routing = ctx.routing
         pair_scores = scores.reshape(-1)[routing.order]
-        grad_pairs = hidden.new_zeros(len(pair_scores), hidden.shape[1])
         grad_scores = torch.zeros_like(pair_scores)
-        grads = [None if tensor is None else torch.empty_like(tensor) for tensor in (up, up_bias, down, down_bias)]
-        _zero_idle_experts(grads, routing, len(up))
+        grad_pairs = hidden.new_zeros(len(pair_scores), hidden.shape[1])
+        weights = zip((up, up_bias, down, down_bias), ctx.needs_input_grad[2:6], strict=True)
+        grads = [torch.empty_like(weight) if needed else None for weight, needed in weights]
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
+        _zero_idle_experts(grads, routing, len(up))
         for expert, start, stop in routing.rows:
             rows = slice(start, stop)
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
@@ -119,13 +120,12 @@ class _SortedExperts(torch.autograd.Function):
             with torch.enable_grad():
                 before = inner[rows].detach().requires_grad_()
                 after = ctx.activation(before)  # (rows, width)
-            _accumulate(grad, after.detach(), grad_down, grad_down_bias, expert)
-            (grad_before,) = torch.autograd.grad(after, before, grad @ down[expert].to(grad.dtype))
+            _write_gradients(grad, after.detach(), grad_down, grad_down_bias, expert)
+            (grad,) = torch.autograd.grad(after, before, grad @ down[expert].to(grad.dtype))  # (rows, width)
             x = hidden.index_select(0, routing.token[rows])
-            _accumulate(grad_before, x, grad_up, grad_up_bias, expert)
-            torch.mm(grad_before, up[expert].to(grad.dtype), out=grad_pairs[rows])
-        grad_scores = grad_scores[routing.place]
-        return combine(grad_pairs, routing.place), grad_scores, *grads, None, None
+            _write_gradients(grad, x, grad_up, grad_up_bias, expert)
+            torch.mm(grad, up[expert].to(grad.dtype), out=grad_pairs[rows])
+        return combine(grad_pairs, routing.place), grad_scores[routing.place], *grads, None, None
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
@@ -135,11 +135,13 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Te
         out.add_(bias[expert])
 
 
-def _accumulate(grad: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor | None, expert: int) -> None:
-    """Write the gradients of one expert's affine map, grad (rows, out) and its input x (rows, in), into its slices."""
-    if grad_weight.dtype == x.dtype:
+def _write_gradients(
+    grad: Tensor, x: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None, expert: int
+) -> None:
+    """Write the gradients of one expert's affine map, from grad (rows, out) and its input x (rows, in)."""
+    if grad_weight is not None and grad_weight.dtype == x.dtype:
         torch.mm(grad.t(), x, out=grad_weight[expert])
-    else:
+    elif grad_weight is not None:
         grad_weight[expert] = grad.t() @ x
     if grad_bias is not None:
         grad_bias[expert] = grad.sum(dim=0)

@@ -73,9 +73,8 @@ class BlueberryRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (batch, seq) -> cosine and sine, each (batch, seq, head_dim) in the dtype of x."""
+        """position_ids (batch, seq) -> cosine and sine, each (batch, seq, head_dim / 2) in the dtype of x."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
@@ -84,15 +83,11 @@ class BlueberryResidualLinear(nn.Linear):
     """A linear layer whose output is added to the residual stream: initialized smaller than the others."""
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), for the two halves of the last dimension."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (batch, heads, seq, head_dim) by the angles of its positions (batch, seq, head_dim)."""
-    return x * cos.unsqueeze(1) + rotate_half(x) * sin.unsqueeze(1)
+    """Rotate the halves of x (batch, heads, seq, head_dim) into each other by angles (batch, seq, head_dim / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 
 def eager_attention_forward(
