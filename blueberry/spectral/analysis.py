@@ -11,7 +11,7 @@ from torch import Tensor
 from .metrics import Row, update_rows, weight_rows
 from .names import matrix_name
 
-BATCH_ELEMENTS = 2**21  # matrix elements taken at once: bounds the fp64 copies to some 100 MB per thread
+BATCH_ELEMENTS = 2**19  # matrix elements taken at once: small ones share calls, large ones stay in the cache
 
 
 class _Matrix(NamedTuple):
@@ -92,11 +92,17 @@ def _analyze_batch(batch: list[_Matrix], top_k: int, k: int, updated: bool) -> l
     rows = weight_rows(weights, top_k)
     if batch[0].update is not None:
         updates = torch.stack([matrix.update for matrix in batch]).double()
-        before = weights.double() - updates if updated else weights
-        for row, update_row in zip(rows, update_rows(before, updates, k), strict=True):
+        before, estimate = (weights.double() - updates, _spectra(rows)) if updated else (weights, None)
+        for row, update_row in zip(rows, update_rows(before, updates, k, estimate), strict=True):
             reasons = [reason for reason in (row["reason"], update_row["reason"]) if reason]
             row |= update_row | {"reason": "; ".join(reasons) or None}
     return [_identity(matrix) | row for matrix, row in zip(batch, rows, strict=True)]
+
+
+def _spectra(rows: list[Row]) -> Tensor | None:
+    """Singular values (B, r) of the weights, to estimate those before the update; None if some are unknown."""
+    spectra = [row["singular_values"] for row in rows]
+    return None if None in spectra else torch.tensor(spectra, dtype=torch.float64)
 
 
 def _identity(matrix: _Matrix) -> Row:

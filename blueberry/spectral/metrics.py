@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .names import UPDATE_METRICS, WEIGHT_METRICS
+from .subspace import eigen, leading_eigen
 
 GRAM_LIMIT = 1e5  # condition number up to which Gram eigenvalues give sigma_min to 1e-3 in the worst case
 EPS = torch.finfo(torch.float64).eps
@@ -50,24 +51,27 @@ def update_metrics(weight: Tensor, update: Tensor, k: int = 5) -> Row:
 
 def weight_rows(weights: Tensor, top_k: int = 10) -> list[Row]:
     """`spectral_metrics` of each matrix of a stack (B, out, in)."""
-    sigma, causes = _spectra(weights, repair=True)
+    sigma, causes = _spectra(weights)
     values = {name: column.tolist() for name, column in _of_spectrum(sigma).items()}
     spectra = sigma.tolist()
     rows = []
     for b, cause in enumerate(causes):
         row = {name: values[name][b] for name in WEIGHT_METRICS}
-        known = cause is None or cause == ZERO
-        row |= {"top_singular_values": spectra[b][:top_k], "singular_values": spectra[b]} if known else {
-            "top_singular_values": None, "singular_values": None}  # fmt: skip
+        spectrum = None if sigma[b].isnan().any() else spectra[b]
+        row |= {"top_singular_values": spectrum and spectrum[:top_k], "singular_values": spectrum}
         rows.append(_with_reason(row, cause or _rank_cause(sigma[b])))
     return rows
 
 
-def update_rows(weights: Tensor, updates: Tensor, k: int = 5) -> list[Row]:
-    """`update_metrics` of each pair of two stacks (B, out, in)."""
+def update_rows(weights: Tensor, updates: Tensor, k: int = 5, estimate: Tensor | None = None) -> list[Row]:
+    """`update_metrics` of each pair of two stacks (B, out, in).
+
+    estimate: (B, min(out, in)) singular values of matrices close to `weights`; it saves time, not accuracy.
+    """
     weights, bad_weight = _finite(weights)
     updates, bad_update = _finite(updates)
-    values = _update_values(weights, updates, min(k, *weights.shape[-2:]))
+    estimate = None if estimate is None else estimate.to(weights.device).square()
+    values = _update_values(weights, updates, min(k, *weights.shape[-2:]), estimate)
     columns = {name: column.tolist() for name, column in values.items()}
     rows = []
     for b, (of_weight, of_update) in enumerate(zip(bad_weight, bad_update, strict=True)):
@@ -87,10 +91,10 @@ def _require_matrix(weight: Tensor) -> None:
 def _finite(matrices: Tensor) -> tuple[Tensor, list[str | None]]:
     """The stack in fp64 with unusable matrices replaced by zeros, and what is wrong with each (None: nothing)."""
     matrices = matrices.detach().to("cpu" if matrices.device.type == "mps" else matrices.device, torch.float64)
-    finite = torch.isfinite(matrices).all(-1).all(-1)  # (B,)
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1))  # (B,), one pass that finds NaN, inf and zero
+    finite, zero = torch.isfinite(norms), norms == 0
     if not finite.all():
         matrices = torch.where(finite[:, None, None], matrices, torch.zeros((), dtype=matrices.dtype))
-    zero = (matrices == 0).all(-1).all(-1)
     causes = [
         NOT_FINITE if not ok else ZERO if empty else None
         for ok, empty in zip(finite.tolist(), zero.tolist(), strict=True)
@@ -98,17 +102,17 @@ def _finite(matrices: Tensor) -> tuple[Tensor, list[str | None]]:
     return matrices, causes
 
 
-def _spectra(matrices: Tensor, repair: bool) -> tuple[Tensor, list[str | None]]:
+def _spectra(matrices: Tensor) -> tuple[Tensor, list[str | None]]:
     """Singular values (B, r), descending, fp64, NaN where unknown; and causes (B,)."""
     matrices, causes = _finite(matrices)
-    eigenvalues = _eigenvalues(gram(matrices))
-    sigma = eigenvalues.clamp(min=0).sqrt()
-    for b in range(len(sigma)) if repair else ():
-        if causes[b] is None and not sigma[b, -1] * GRAM_LIMIT > sigma[b, 0]:
+    sigma = _eigenvalues(gram(matrices)).clamp(min=0).sqrt()
+    trusted = (sigma[:, -1] * GRAM_LIMIT > sigma[:, 0]).tolist()  # False for NaN
+    for b, cause in enumerate(causes):
+        if cause is None and not trusted[b]:
             sigma[b] = _svdvals(matrices[b])
-        if causes[b] is None and sigma[b].isnan().any():
-            causes[b] = "the decomposition did not converge"
-        if causes[b] == NOT_FINITE:
+            if sigma[b].isnan().any():
+                causes[b] = "the decomposition did not converge"
+        if cause == NOT_FINITE:
             sigma[b] = torch.nan
     return sigma, causes
 
@@ -128,18 +132,6 @@ def _eigenvalues(grams: Tensor) -> Tensor:
         if len(grams) == 1:
             return grams.new_full(grams.shape[:-1], torch.nan)
         return torch.cat([_eigenvalues(one[None]) for one in grams])
-
-
-def _eigenvectors(grams: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (B, n), descending, and the eigenvectors of the k largest (B, n, k); NaN where not convergent."""
-    try:
-        values, vectors = torch.linalg.eigh(grams)
-    except torch.linalg.LinAlgError:
-        if len(grams) == 1:
-            return grams.new_full(grams.shape[:-1], torch.nan), grams.new_full((*grams.shape[:-1], k), torch.nan)
-        pairs = [_eigenvectors(one[None], k) for one in grams]
-        return torch.cat([values for values, _ in pairs]), torch.cat([vectors for _, vectors in pairs])
-    return values.flip(-1), vectors[..., -k:].flip(-1)
 
 
 def _svdvals(matrix: Tensor) -> Tensor:
@@ -195,19 +187,20 @@ def _defined(values: Tensor, where: Tensor) -> Tensor:
     return values.masked_fill(~where, torch.nan)
 
 
-def _update_values(weights: Tensor, updates: Tensor, k: int) -> dict[str, Tensor]:
+def _update_values(weights: Tensor, updates: Tensor, k: int, estimate: Tensor | None) -> dict[str, Tensor]:
     """`UPDATE_METRICS` (B,) each, for fp64 stacks (B, out, in) and k <= min(out, in)."""
     out, columns = weights.shape[-2:]
     tall = out > columns
     w, d = (weights.mT, updates.mT) if tall else (weights, updates)  # (B, short, long)
-    w_values, w_short = _eigenvectors(w @ w.mT, k)  # (B, short), (B, short, k)
-    d_values, d_short = _eigenvectors(d @ d.mT, k)
+    w_values, w_short = leading_eigen(w @ w.mT, k, estimate)  # (B, k), (B, short, k)
+    d_values, d_short = eigen(d @ d.mT, k)  # (B, short), (B, short, k)
     w_long, d_long = _other_side(w, w_short), _other_side(d, d_short)  # (B, long, k)
     short, long = _mean_cosine(w_short, d_short), _mean_cosine(w_long, d_long)
     captured = d @ w_long if tall else d.mT @ w_short  # the part of the update in the weight's left subspace
     sigma = d_values.clamp(min=0).sqrt()
     of_update = _of_spectrum(sigma)
-    known = _has_rank(w_values, k) & _has_rank(d_values, k)
+    has_weight_subspace = w_values[:, -1] > EPS * w.shape[-2] * w_values[:, 0]
+    known = has_weight_subspace & _has_rank(d_values, k)
     norm = of_update["frobenius_norm"]
     energy = captured.square().sum((-1, -2)) / norm.square()
     gap = sigma[:, k - 1] / sigma[:, k] if k < sigma.shape[-1] else torch.full_like(norm, torch.nan)
@@ -215,7 +208,7 @@ def _update_values(weights: Tensor, updates: Tensor, k: int) -> dict[str, Tensor
         "update_alignment": _defined(long if tall else short, known & (k < out)),
         "update_alignment_right": _defined(short if tall else long, known & (k < columns)),
         "update_subspace_gap": _defined(gap, _has_rank(d_values, k + 1)),
-        "update_energy_in_top_k": _defined(energy, _has_rank(w_values, k) & (k < out)),
+        "update_energy_in_top_k": _defined(energy, has_weight_subspace & (k < out)),
         "update_energy_chance": torch.full_like(norm, k / out),
         "update_spectral_norm": of_update["spectral_norm"],
         "update_frobenius_norm": norm,
