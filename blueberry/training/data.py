@@ -144,7 +144,7 @@ def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int) ->
         encoder = RowChecker(vocab_size, None if args.max_length else max_positions)
     else:
         encoder = TextEncoder.of(tokenizer)
-    train = _pack_train(corpus, split, encoder, max_length)
+    train = _pack_train(split, encoder, max_length)
     validation, tokens = _pack_validation(split, encoder, max_length, args.max_validation_tokens)
     return PreparedData(
         train=train.with_format("torch"),
@@ -195,16 +195,11 @@ def _default_length(corpus: Corpus, split: Split, max_positions: int) -> int:
     return min(max_positions, LONGEST_DEFAULT)
 
 
-def _pack_train(corpus: Corpus, split: Split, encoder: Encoder, max_length: int) -> Dataset | IterableDataset:
+def _pack_train(split: Split, encoder: Encoder, max_length: int) -> Dataset | IterableDataset:
     """Training windows; at least one."""
     if split.content is None:
         return pack_stream(split.train, encoder, max_length)
-    train = pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder() / "windows"))
-    if len(train) == 0:
-        raise UsageError(
-            f"--dataset {corpus.name}: training is shorter than one window; lower --max_length {max_length}"
-        )
-    return train
+    return pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder() / "windows"))
 
 
 def _pack_validation(split: Split, encoder: Encoder, max_length: int, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,9 +121,12 @@ def pack(arrays: Iterable[np.ndarray], max_length: int) -> Iterator[np.ndarray]:
 def windows(
     documents: Dataset | IterableDataset, encoder: Encoder, max_length: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Training rows: `input_ids` and equal `labels` (the model shifts them), each (max_length,) int32."""
+    """Training rows, at least one: `input_ids` and equal `labels` (the model shifts), each (max_length,) int32."""
+    window = None
     for window in pack(token_arrays(documents, encoder), max_length):
         yield {"input_ids": window, "labels": window}
+    if window is None:
+        raise UsageError(f"the training text is shorter than one window of {max_length} tokens; lower --max_length")
 
 
 def token_arrays(documents: Dataset | IterableDataset, encoder: Encoder) -> Iterator[np.ndarray]:

@@ -112,6 +112,8 @@ def _load_files(dataset: str, files: list[Path], streaming: bool) -> Dataset | I
         )
     if suffixes[0] not in BUILDERS:
         raise UsageError(f"--dataset {dataset}: unknown file type {suffixes[0]!r}; convert it to one of {known}")
+    if not any(path.stat().st_size for path in files):
+        raise UsageError(f"--dataset {dataset}: is empty; give a dataset with rows")
     if suffixes[0] == ".txt":
         return _load_text(dataset, files, streaming)
     return _load(dataset, BUILDERS[suffixes[0]], files, streaming)
