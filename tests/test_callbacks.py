@@ -20,7 +20,7 @@ from transformers import (
 
 from blueberry.errors import UsageError
 from blueberry.spectral import SpectralLog, spectral_metrics, update_metrics
-from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
+from trainer_callbacks import RouterMetricsCallback, SpectralMetricsCallback, StepTimeCallback, TensorBoardCallback
 from trainer_callbacks import spectral_metrics as module
 from trainer_callbacks.spectral_metrics import log_schedule, tracked_matrices
 
@@ -325,3 +325,67 @@ def test_evaluations_and_hparams_after_training_land_in_the_same_file(moe_run):
     assert events.Scalars("eval/loss")[-1].value == 3.25
     assert events.Scalars("final/eval_loss")[-1].value == 3.25
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+
+def test_router_metrics_count_what_the_routers_chose(tmp_path):
+    class Chosen(TrainerCallback):
+        """Counts by itself, from the indices that the routers return."""
+
+        def __init__(self):
+            self.counts = torch.zeros(2, 3)
+
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            for i, layer in enumerate(model.model.layers):
+                layer.mlp.gate.register_forward_hook(lambda m, x, out, i=i: self.count(i, out[2]))
+
+        def count(self, layer, experts):
+            self.counts[layer] += torch.bincount(experts.flatten(), minlength=3)
+
+    board, oracle = TensorBoardCallback(), Chosen()
+    callback = RouterMetricsCallback(board)
+    trainer(tmp_path, board, callback, oracle, model=mixture(), max_steps=4, logging_steps=4).train()
+    for layer, counts in enumerate(oracle.counts):
+        numbers = callback.latest[layer]
+        assert numbers["tokens_per_expert"] == pytest.approx((counts / counts.sum()).tolist())
+        assert numbers["load_imbalance"] == pytest.approx((counts.max() / counts.mean()).item())
+        assert numbers["dead_experts"] == 0 and 0.9 < numbers["router_entropy"] <= 1  # nearly untrained
+    events = events_of(tmp_path)
+    assert events.Scalars("load_imbalance/layer_01")[0].value == pytest.approx(callback.latest[1]["load_imbalance"])
+    assert [event.step for event in events.Images("router/load")] == [4]
+
+
+def test_undecided_routers_have_entropy_one_and_leave_one_expert_dead(tmp_path):
+    model = mixture()
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)  # every logit is equal; top-k takes the same two of three
+    callback = RouterMetricsCallback()
+    trainer(tmp_path, callback, model=model, max_steps=1, logging_steps=1).train()
+    for numbers in callback.latest.values():
+        assert (numbers["router_entropy"], numbers["load_imbalance"]) == pytest.approx((1, 1.5))
+        assert numbers["dead_experts"] == 1
+
+
+def test_a_model_without_routers_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no routers to watch"):
+        trainer(tmp_path, RouterMetricsCallback()).train()
+
+
+def test_step_times_cover_the_optimizer_and_tokens_per_second_count_all_tokens(tmp_path):
+    class Slow(torch.optim.SGD):
+        def step(self, closure=None):
+            time.sleep(0.02)
+            return super().step(closure)
+
+    model, board = dense(), TensorBoardCallback()
+    callback = StepTimeCallback(board)
+    run = trainer(
+        tmp_path, board, callback, model=model, max_steps=3, logging_steps=3, include_num_input_tokens_seen=True
+    )
+    run.optimizer = Slow(model.parameters(), lr=1e-3)
+    run.train()
+    numbers = callback.summary()
+    assert 20 <= numbers["optimizer_step_ms"] <= numbers["step_ms"]
+    assert numbers["tokens_per_second"] == pytest.approx(3 * 2 * 8 / sum(step[0] for step in callback._steps))
+    assert events_of(tmp_path).Scalars("time/optimizer_step_ms")[0].value == pytest.approx(
+        numbers["optimizer_step_ms"]
+    )

@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "RouterMetricsCallback": "router_metrics",
     "SpectralMetricsCallback": "spectral_metrics",
+    "StepTimeCallback": "step_time",
     "TensorBoardCallback": "tensorboard",
 }
 __all__ = list(_HOME)

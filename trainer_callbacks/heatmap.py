@@ -16,8 +16,8 @@ _TEXT, _PAPER, _MISSING = (60, 60, 60), (255, 255, 255), (220, 220, 220)
 _LEFT, _TOP, _CELLS, _LINE = 170, 40, 480, 14  # pixels: margins, width of the map, least height of a block
 
 
-def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int]) -> np.ndarray:
-    """Image (height, width, 3), uint8: one block of rows per projection, one column per logged step.
+def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int], across: str = "step") -> np.ndarray:
+    """Image (height, width, 3), uint8: one block of rows per name, one column per step (or what `across` says).
 
     blocks: (layers, steps) values each, first layer on top; NaN is grey. One colour scale for all blocks.
     """
@@ -26,7 +26,7 @@ def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int]) -> n
     heights = [max(_LINE, 6 * len(block)) for block in blocks.values()]
     image = Image.new("RGB", (_LEFT + _CELLS + 20, _TOP + sum(heights) + 4 * len(heights) + 26), _PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((8, 6), f"{title}: layers from top to bottom, steps from left to right", _TEXT)
+    draw.text((8, 6), title, _TEXT)
     _scale(image, draw, low, high)
     y = _TOP
     for (name, block), height in zip(blocks.items(), heights, strict=True):
@@ -34,7 +34,7 @@ def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int]) -> n
         cells = Image.fromarray(_colors(block, low, high))
         image.paste(cells.resize((_CELLS, height), Image.Resampling.NEAREST), (_LEFT, y))
         y += height + 4
-    draw.text((_LEFT, y + 2), f"step {steps[0]}", _TEXT)
+    draw.text((_LEFT, y + 2), f"{across} {steps[0]}", _TEXT)
     draw.text((_LEFT + _CELLS, y + 2), str(steps[-1]), _TEXT, anchor="ra")
     return np.asarray(image)
 

@@ -74,7 +74,7 @@ class SpectralBoard:
             blocks = {projection: self._block(metric, projection, steps) for projection in self.projections}
             known = {projection: block for projection, block in blocks.items() if not np.isnan(block).all()}
             if known and len(steps) > 1:
-                image = heatmap(metric.replace("_", " "), known, steps)
+                image = heatmap(f"{metric.replace('_', ' ')}, layers from top to bottom", known, steps)
                 self.writer.add_image(f"heatmap/{metric}", image, step, dataformats="HWC")
 
     def _block(self, metric: str, projection: str, steps: list[int]) -> np.ndarray:
