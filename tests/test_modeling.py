@@ -134,6 +134,15 @@ def test_sdpa_equals_eager_attention_with_padding(variant: str):
     torch.testing.assert_close(logits["sdpa"], logits["eager"])
 
 
+@pytest.mark.slow  # compiles a kernel
+@torch.no_grad()
+def test_flex_attention_equals_sdpa():
+    model, ids = build(), tokens(2, 10)
+    expected = model(ids).logits
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_is_causal():
     model, ids = build(), tokens(1, 12)
     changed = ids.clone()
@@ -317,6 +326,28 @@ def test_the_model_exports(variant: str):
     exported = torch.export.export(model.model, (), {"input_ids": ids, "use_cache": False}, strict=False).module()
     actual = exported(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(actual, model.model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["dense", "experts"])
+def test_the_compiled_model_trains_the_same(variant: str):
+    model, ids = build(variant, router_aux_loss_coef=1.0).train(), tokens(2, 8)
+    expected = gradients(model, ids)
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["experts", "gated_experts"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "blueberry"])
+def test_every_experts_implementation_gives_the_logits_of_the_eager_one(variant: str, implementation: str):
+    model, ids = build(variant), tokens(2, 8)
+    assert model.config._experts_implementation == "blueberry"
+    model.set_experts_implementation("eager")
+    expected = model(ids).logits
+    model.set_experts_implementation(implementation)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 # Sequence classification
