@@ -1,5 +1,7 @@
 """Many matrices at once give what one at a time gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -68,11 +70,20 @@ def test_one_bad_expert_does_not_spoil_the_others():
     assert [row["reason"] is None for row in rows] == [True, False, True]
 
 
-def test_analysis_leaves_the_thread_count_of_its_caller_alone():
+def test_analysis_leaves_the_thread_counts_of_others_alone():
+    def in_a_thread(work):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
     before = torch.get_num_threads()
-    analyze(MATRICES, workers=1)
-    analyze(MATRICES, workers=2)
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        in_a_thread(lambda: analyze(MATRICES, workers=2))
+        analyze(MATRICES)
+        assert torch.get_num_threads() == 3
+        assert in_a_thread(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_mismatched_updates_and_vectors_are_refused_by_name():

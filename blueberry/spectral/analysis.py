@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from .metrics import Row, update_rows, weight_rows
@@ -44,20 +44,32 @@ def analyze(
     batches = list(_batches(slices))
 
     def work(indices: list[int]) -> None:
-        with _THREADS.limit(limits=1, user_api="openmp"):  # of this thread only; training keeps its threads
-            for i, row in zip(indices, _analyze_batch([slices[i] for i in indices], top_k, k, updated), strict=True):
-                rows[i] = row
+        for i, row in zip(indices, _analyze_batch([slices[i] for i in indices], top_k, k, updated), strict=True):
+            rows[i] = row
 
-    if workers == 1:
-        for batch in batches:
-            work(batch)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, batches))
+    with _one_blas_thread():
+        if workers == 1:
+            for batch in batches:
+                work(batch)
+        else:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(work, batches))
     return rows
 
 
-_THREADS = ThreadpoolController()
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """One BLAS thread for the calling thread; others, such as a training loop's, keep theirs.
+
+    A symmetric eigensolver hardly uses a second thread, and beside a busy training loop the barriers between two
+    cost up to a hundred times the work. (torch keeps the setting per thread; threads started meanwhile inherit it.)
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _slices(matrices: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Iterator[_Matrix]:
