@@ -9,7 +9,9 @@
 from dataclasses import dataclass, field
 from functools import partial
 
-from blueberry.errors import run_script
+from blueberry.errors import UsageError, run_script
+
+STREAM_SHUFFLE_BUFFER = 1000  # windows
 
 
 @dataclass
@@ -53,9 +55,15 @@ def set_up(model_args, data_args, tracking_args, args):
     from blueberry.training.data import prepare_data
     from blueberry.training.model import build_model, load_config
 
+    if data_args.streaming and args.max_steps <= 0 and args.train_tokens is None:
+        raise UsageError("--streaming has no known length: give --train_tokens or --max_steps")
     config = load_config(model_args)
     with args.main_process_first():
         data = prepare_data(data_args, vocab_size=config.vocab_size, max_positions=config.max_position_embeddings)
+    if args.process_index == 0:
+        print(data.description)
+    if data_args.streaming:
+        data.train = data.train.shuffle(seed=args.data_seed or args.seed, buffer_size=STREAM_SHUFFLE_BUFFER)
     if data.tokenizer is not None:
         config.bos_token_id = config.eos_token_id = data.tokenizer.eos_token_id
         config.pad_token_id = data.tokenizer.pad_token_id
