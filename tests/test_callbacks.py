@@ -4,6 +4,7 @@ import errno
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -22,6 +25,7 @@ from blueberry.errors import UsageError
 from blueberry.spectral import SpectralLog, spectral_metrics, update_metrics
 from trainer_callbacks import RouterMetricsCallback, SpectralMetricsCallback, StepTimeCallback, TensorBoardCallback
 from trainer_callbacks import spectral_metrics as module
+from trainer_callbacks.heatmap import heatmap
 from trainer_callbacks.spectral_metrics import log_schedule, tracked_matrices
 
 SIZES = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -389,3 +393,31 @@ def test_step_times_cover_the_optimizer_and_tokens_per_second_count_all_tokens(t
     assert events_of(tmp_path).Scalars("time/optimizer_step_ms")[0].value == pytest.approx(
         numbers["optimizer_step_ms"]
     )
+
+
+def test_heatmap_paints_low_dark_high_bright_and_missing_grey():
+    image = heatmap("title", {"a": np.array([[0.0, 1.0]]), "b": np.array([[np.nan, 0.0]])}, [0, 7])
+    row_a, row_b = 40 + 7, 40 + 14 + 4 + 7  # middles of the two blocks below the title
+    left, right = 170 + 120, 170 + 360  # middles of the two columns
+    assert image[row_a, left].tolist() == image[row_b, right].tolist() == [68, 1, 84]
+    assert image[row_a, right].tolist() == [253, 231, 37]
+    assert image[row_b, left].tolist() == [220, 220, 220]
+
+
+def test_other_ranks_keep_no_copies_and_write_nothing(tmp_path):
+    """Rank 1 of a data-parallel run: the callback is called as on rank 0, by a state that says so."""
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    callback, model, state = (
+        SpectralMetricsCallback(1),
+        dense(),
+        TrainerState(is_world_process_zero=False, max_steps=2),
+    )
+    control = TrainerControl(should_save=True)
+    callback.on_train_begin(args, state, control, model=model)
+    for state.global_step in range(2):
+        callback.on_pre_optimizer_step(args, state, control)
+        assert not callback._before
+        callback.on_optimizer_step(args, state, control)
+        callback.on_step_end(args, state, control)
+    callback.on_train_end(args, state, control)
+    assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ class SpectralBoard:
         self.writer = writer
         names = [matrix_name(parameter) for parameter in parameters]
         self.layers = _first_middle_last(sorted({name.layer for name in names if name.layer is not None}))
-        self.projections = sorted({f"{name.module}.{name.projection}" for name in names})
+        self.projections = list(dict.fromkeys(f"{name.module}.{name.projection}" for name in names))
         self._history: dict[tuple[str, int | None, int], dict[str, float | None]] = {}
         writer.add_custom_scalars(self._layout())
 

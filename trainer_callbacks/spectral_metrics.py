@@ -82,7 +82,7 @@ class SpectralMetricsCallback(TrainerCallback):
         self,
         every_n_steps: int | None = None,
         *,
-        logs_per_run: int = 10,
+        logs_per_run: int = 8,
         metrics: Iterable[str] | None = None,
         layers: Iterable[int] | None = None,
         projections: Iterable[str] | None = None,

@@ -61,8 +61,9 @@ def analyze(
 def _one_blas_thread() -> Iterator[None]:
     """One BLAS thread for the calling thread; others, such as a training loop's, keep theirs.
 
-    A symmetric eigensolver hardly uses a second thread, and beside a busy training loop the barriers between two
-    cost up to a hundred times the work. (torch keeps the setting per thread; threads started meanwhile inherit it.)
+    A symmetric eigensolver hardly uses a second thread, and on busy cores the barriers between two can cost many
+    times the work (0.3 s of it took 9 to 21 s). torch keeps the setting per thread; threads started meanwhile
+    inherit it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
