@@ -158,6 +158,16 @@ def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
 
 
+def test_a_run_resumed_in_the_same_process_waits_for_the_rows_that_a_broken_one_left_behind(tmp_path, monkeypatch):
+    real = module.analyze
+    monkeypatch.setattr(module, "analyze", lambda *a, **k: (time.sleep(0.5), real(*a, **k))[1])
+    settings = dict(max_steps=3, save_strategy="steps", save_steps=1)
+    with pytest.raises(RuntimeError, match="the power went"):
+        trainer(tmp_path, Crash(2), SpectralMetricsCallback(2), **settings).train()
+    trainer(tmp_path, SpectralMetricsCallback(2), **settings).train(resume_from_checkpoint=True)
+    assert len(read_log(tmp_path)) == 3 * 14  # steps 0, 2, 3
+
+
 def test_a_run_that_starts_over_starts_its_log_over(tmp_path):
     for _ in range(2):
         trainer(tmp_path, SpectralMetricsCallback(5), max_steps=2).train()
@@ -189,7 +199,7 @@ def test_an_exception_in_training_loses_no_log_that_was_taken(tmp_path, monkeypa
     callback = SpectralMetricsCallback(3)
     with pytest.raises(RuntimeError, match="the power went"):
         trainer(tmp_path, callback, Crash(3)).train()
-    callback._pool.shutdown()  # as the interpreter does at exit
+    callback._join()  # as the interpreter does at exit
     assert sorted(read_log(tmp_path)["step"].unique()) == [0, 3]
 
 

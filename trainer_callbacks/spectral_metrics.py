@@ -27,6 +27,10 @@ from .tensorboard import TensorBoardCallback, open_writer
 
 logger = logging.getLogger(__name__)
 
+# One for all runs of the process: a run resumed after an exception rewinds its log only when the worker has written
+# what the broken run left it. The interpreter waits for it at exit.
+_WORKER = ThreadPoolExecutor(1, thread_name_prefix="spectral")
+
 
 def log_schedule(max_steps: int, logs: int) -> set[int]:
     """Steps to log at: 0, the powers of four below the spacing of `logs` equal intervals, and those intervals' ends.
@@ -116,8 +120,7 @@ class SpectralMetricsCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.log = SpectralLog(Path(args.output_dir) / FOLDER)
             self.board = SpectralBoard(self._writer(args, state), self.matrices)
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="spectral")
-            self._rewind(state.global_step)
+            _WORKER.submit(self._rewind, state.global_step).result()
         if state.global_step == 0:
             self._record(0, state, self._copies(state))
 
@@ -161,7 +164,6 @@ class SpectralMetricsCallback(TrainerCallback):
         self._join()
         if not state.is_world_process_zero:
             return
-        self._pool.shutdown()
         self._guarded("compaction", self.log.compact)
         for failure in self.failures:
             logger.warning("spectral log: %s", failure)
@@ -215,7 +217,7 @@ class SpectralMetricsCallback(TrainerCallback):
         self._join()
         if state.is_world_process_zero:
             tokens = state.num_input_tokens_seen or (0 if step == 0 else None)
-            self._pending = self._pool.submit(self._work, step, tokens, after, before)
+            self._pending = _WORKER.submit(self._work, step, tokens, after, before)
 
     def _join(self) -> None:
         """Wait for the log under way; an error in it is raised here."""
