@@ -65,14 +65,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 4096,
         "hidden_size": 128,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "hidden_act": "silu",
         "max_position_embeddings": 256,
-        "num_experts": 4,
+        "num_experts": 8,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 384,
+        "moe_intermediate_size": 256,
     },
 }
 

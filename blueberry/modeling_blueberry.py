@@ -29,23 +29,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
-from .losses_blueberry import router_losses, sequence_weights
+from .losses_blueberry import can_fuse_head, head_cross_entropy, router_losses, sequence_weights
+from .norm_blueberry import BlueberryRMSNorm
 
 logger = logging.get_logger(__name__)
-
-
-class BlueberryRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32 at least (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalized.to(x.dtype)
 
 
 class BlueberryRotaryEmbedding(nn.Module):
@@ -427,9 +414,12 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Return logits (batch, seq, vocab) and, given `labels`, the loss.
+
+        With `skip_logits` and `labels` the loss may be computed without ever holding all logits, which then are None.
 
         The loss is the mean cross-entropy of the next token (the sum divided by `num_items_in_batch` if that is
         given). In training mode the router losses are added, with their coefficients; in evaluation mode they are
@@ -451,10 +441,13 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             output_router_logits=wants_router_losses,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        logits = loss = aux_loss = None
+        if skip_logits and labels is not None and can_fuse_head(outputs.last_hidden_state, self.lm_head):
+            loss = head_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if wants_router_losses:
             shape = outputs.last_hidden_state.shape[:2]
             weights, token_mask = sequence_weights(shape, attention_mask, labels, **kwargs)

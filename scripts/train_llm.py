@@ -6,6 +6,7 @@
 (`--output_dir`): config.yaml, runs/ (TensorBoard), spectral_log/, eval_results.json, checkpoint-*, model, tokenizer.
 """
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,17 +28,21 @@ class TrackingArguments:
 
 
 def main() -> None:
+    from blueberry.training.cpu import keep_freed_memory, use_idle_cores
     from blueberry.training.parser import BlueberryArgumentParser
     from blueberry.training.run_folder import check_run_folder, describe, find_checkpoint
 
     model_args, data_args, tracking_args, args = BlueberryArgumentParser(argument_groups()).parse()
+    if args.device.type == "cpu":
+        keep_freed_memory()
+        use_idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     checkpoint = find_checkpoint(args)
     check_run_folder(args)
     settings = describe(args, model_args, data_args, tracking_args)
     trainer, data = set_up(model_args, data_args, tracking_args, args)
     start_run_folder(trainer, settings)
     trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, data)
+    finish(trainer, data, settings)
 
 
 def argument_groups() -> list[type]:
@@ -75,15 +80,7 @@ def set_up(model_args, data_args, tracking_args, args):
 def make_trainer(model, data, tracking_args, args):
     from blueberry import BlueberryTrainer
     from blueberry.training.evaluation import compute_metrics, preprocess_logits_for_metrics
-    from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
 
-    callbacks = []
-    if "tensorboard" in args.report_to:
-        args.report_to.remove("tensorboard")  # ours takes its place: one log in one fixed folder
-        callbacks.append(TensorBoardCallback())
-    if tracking_args.track_manifold:
-        board = callbacks[0] if callbacks else None
-        callbacks.append(SpectralMetricsCallback(every_n_steps=tracking_args.track_every_n_steps, tensorboard=board))
     return BlueberryTrainer(
         model=model,
         args=args,
@@ -92,8 +89,29 @@ def make_trainer(model, data, tracking_args, args):
         processing_class=data.tokenizer,
         compute_metrics=partial(compute_metrics, bytes_per_token=data.bytes_per_token),
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        callbacks=callbacks,
+        callbacks=make_callbacks(model, tracking_args, args),
     )
+
+
+def make_callbacks(model, tracking_args, args) -> list:
+    from trainer_callbacks import (
+        RouterMetricsCallback,
+        SpectralMetricsCallback,
+        StepTimeCallback,
+        TensorBoardCallback,
+    )
+
+    callbacks, board = [], None
+    if "tensorboard" in args.report_to:
+        args.report_to.remove("tensorboard")  # ours takes its place: one log in one fixed folder
+        board = TensorBoardCallback()
+        callbacks.append(board)
+    if tracking_args.track_manifold:
+        callbacks.append(SpectralMetricsCallback(every_n_steps=tracking_args.track_every_n_steps, tensorboard=board))
+        callbacks.append(StepTimeCallback(board))
+        if getattr(model.config, "num_experts", 0):
+            callbacks.append(RouterMetricsCallback(board))
+    return callbacks
 
 
 def start_run_folder(trainer, settings) -> None:
@@ -107,10 +125,11 @@ def start_run_folder(trainer, settings) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def finish(trainer, data) -> None:
+def finish(trainer, data, settings) -> None:
     """Evaluate, save, and say where things are."""
     from blueberry.training.run_folder import EVAL_RESULTS, write_json
     from blueberry.training.summary import final_metrics, print_summary, sample
+    from trainer_callbacks import TensorBoardCallback
 
     metrics = final_metrics(trainer) | {"eval_unigram_loss": data.unigram_loss}
     trainer.save_model()
@@ -118,6 +137,9 @@ def finish(trainer, data) -> None:
         return
     write_json(trainer.args.output_dir, EVAL_RESULTS, metrics)
     trainer.state.save_to_json(f"{trainer.args.output_dir}/trainer_state.json")
+    board = trainer.pop_callback(TensorBoardCallback)
+    if board is not None:
+        board.add_hparams(settings, metrics)
     print_summary(trainer, data, metrics)
     if data.tokenizer is not None:
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")

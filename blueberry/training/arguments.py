@@ -60,7 +60,7 @@ class BlueberryTrainingArguments(TrainingArguments):
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     include_num_input_tokens_seen: str | bool = field(default=True, metadata={"help": "Count the tokens seen."})
     eval_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch."})
-    eval_steps: float | None = field(default=0.25, metadata={"help": "Steps between evaluations, or a share of all."})
+    eval_steps: float | None = field(default=0.5, metadata={"help": "Steps between evaluations, or a share of all."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser reads the order)
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb, trackio, ..., none."}

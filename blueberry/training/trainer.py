@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import UsageError
+from ..modeling_blueberry import BlueberryForCausalLM
 from ..optim.build import build_optimizer
 from ..optim.composed import ComposedOptimizer
 from .arguments import BlueberryTrainingArguments
@@ -60,6 +61,12 @@ class BlueberryTrainer(Trainer):
             decay_steps = max(1, num_training_steps // 5)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": decay_steps} | (self.args.lr_scheduler_kwargs or {})
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *positional: Any, **named: Any) -> Any:
+        """Trainer's loss; a Blueberry in training is told that nobody wants its logits."""
+        if model.training and isinstance(self.accelerator.unwrap_model(model), BlueberryForCausalLM):
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *positional, **named)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Norm of all gradients; a ComposedOptimizer clips by itself (its groups carry `max_grad_norm`)."""
