@@ -26,7 +26,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         """With y = x s w: dx = s (g w) - x s^3 <g w, x> / size and dw = sum g x s."""
         x, weight, scale = ctx.saved_tensors
         product = grad * x
-        grad_weight = scale.flatten() @ product.flatten(0, -2)
+        grad_weight = scale.reshape(-1) @ product.reshape(-1, x.shape[-1])
         coefficient = (product @ weight).unsqueeze(-1).mul_(scale.pow(3)).div_(x.shape[-1])
         return (grad * weight).mul_(scale).addcmul_(x, coefficient, value=-1), grad_weight, None
 

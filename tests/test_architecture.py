@@ -15,10 +15,12 @@ ALLOWED = {
     "blueberry.configuration_blueberry": (),
     "blueberry.experts_blueberry": (),
     "blueberry.losses_blueberry": (),
+    "blueberry.norm_blueberry": (),
     "blueberry.modeling_blueberry": (
         "blueberry.configuration_blueberry",
         "blueberry.experts_blueberry",
         "blueberry.losses_blueberry",
+        "blueberry.norm_blueberry",
     ),
     "blueberry.errors": (),
     "blueberry.polar": ("blueberry.errors",),

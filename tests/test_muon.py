@@ -51,7 +51,7 @@ def test_muon_matches_torch_muon_step_for_step_with_the_same_coefficients():
             set_gradients(params, seed)
             optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
-        # Both run Newton-Schulz in bfloat16 from inputs normalised in another order: 5 steps of lr 0.02 times its noise
+        # Both run Newton-Schulz in bfloat16 from inputs normalised in another order: 5 steps of lr times its noise
         torch.testing.assert_close(mine, other, rtol=0, atol=5 * 0.02 * 0.02)
 
 

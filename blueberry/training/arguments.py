@@ -74,6 +74,7 @@ class BlueberryTrainingArguments(TrainingArguments):
             self.output_dir = os.path.join("results", self.run_name or f"blueberry-{self.optimizer}")
         super().__post_init__()
         self._check_processes()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         if self.optim not in _ADAMW_NAMES:
             raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon or adamw")
 

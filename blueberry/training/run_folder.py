@@ -21,6 +21,7 @@ AUDIT = "optimizer_audit.json"
 _LEFT_OUT = {
     "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "learning_rate", "run_name",
     "include_num_input_tokens_seen", "accelerator_config", "disable_tqdm", "optim", "do_eval",
+    "dataloader_pin_memory",
 }  # fmt: skip
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (

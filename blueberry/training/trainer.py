@@ -81,6 +81,7 @@ class BlueberryTrainer(Trainer):
             logs.pop("learning_rate", None)
             logs |= {f"lr/{group['name']}": float(group["lr"]) for group in self._named_groups()}
             logs["tokens_per_second"] = self._speed()
+            start_time = None  # Trainer's own speed is that since the start, evaluation and saving included
         super().log(logs, start_time)
 
     def _named_groups(self) -> list[dict[str, Any]]:
