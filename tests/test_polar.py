@@ -1,11 +1,21 @@
 """newton_schulz and msign against an SVD in float64."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
-from blueberry.polar import COEFFICIENTS, coefficient_steps, msign, newton_schulz
+from blueberry.polar import (
+    _FOUR_STEPS,
+    COEFFICIENTS,
+    FOUR_STEPS,
+    POLAR_EXPRESS,
+    coefficient_steps,
+    msign,
+    newton_schulz,
+)
 
 SHAPES = [(32, 32), (64, 16), (16, 64), (1, 8), (8, 1), (3, 24, 8)]
 
@@ -22,21 +32,88 @@ def with_condition(rows: int, columns: int, condition: float, seed: int = 0) -> 
     return u * torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), short, dtype=torch.float64) @ v.T
 
 
-def polynomial(sigma: torch.Tensor, coefficients: str, ns_steps: int | None = None) -> torch.Tensor:
+def polynomial(sigma: torch.Tensor, steps: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
     """The definition: the scalar iteration on each singular value."""
-    for a, b, c in coefficient_steps(coefficients, ns_steps):
+    for a, b, c in steps:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return sigma
+
+
+def expected_factor(matrix: torch.Tensor, coefficients: str) -> torch.Tensor:
+    """What newton_schulz computes, by its definition on the singular values."""
+    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+    frobenius, bound = sigma.square().sum().sqrt(), sigma.pow(4).sum().pow(0.25)
+    if coefficients == "adaptive":
+        steps = FOUR_STEPS if frobenius >= 2.6 * bound else POLAR_EXPRESS
+        scaled = polynomial(sigma / bound, steps)
+    else:
+        scaled = polynomial(sigma / frobenius, coefficient_steps(coefficients))
+    return (u * scaled) @ vh
 
 
 @pytest.mark.parametrize("coefficients", sorted(COEFFICIENTS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_newton_schulz_applies_its_polynomial_to_the_singular_values(shape, coefficients):
-    matrix = gaussian(*shape)
-    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    scaled = polynomial(sigma / torch.linalg.matrix_norm(matrix).unsqueeze(-1), coefficients)
-    expected = (u * scaled.unsqueeze(-2)) @ vh
-    torch.testing.assert_close(newton_schulz(matrix, coefficients=coefficients), expected, rtol=0, atol=1e-12)
+    stack = gaussian(*shape).reshape(-1, *shape[-2:])
+    expected = torch.stack([expected_factor(matrix, coefficients) for matrix in stack]).reshape(shape)
+    # The Gram form loses the square root of eps where singular values are small: measured 2e-11 at most
+    torch.testing.assert_close(newton_schulz(stack, coefficients=coefficients).reshape(shape), expected,
+                               rtol=0, atol=1e-9)  # fmt: skip
+
+
+def greedy_minimax(lower: float, count: int) -> list[tuple[float, float, float]]:
+    """Oracle: each step the odd quintic with the smallest largest deviation from 1, by linear programming."""
+    steps, low, high = [], lower, 1.0
+    for _ in range(count):
+        x = np.concatenate([np.geomspace(low, high, 3000), np.linspace(low, high, 3000)])
+        powers = np.stack([x, x**3, x**5, np.zeros_like(x)], axis=1)
+        deviation = np.array([0.0, 0.0, 0.0, 1.0])
+        bounds = np.concatenate([powers - deviation, -powers - deviation])
+        sides = np.concatenate([np.ones_like(x), -np.ones_like(x)])
+        solution = linprog(deviation, A_ub=bounds, b_ub=sides, bounds=[(None, None)] * 4, method="highs").x
+        steps.append(tuple(solution[:3]))
+        low, high = 1 - solution[3], 1 + solution[3]
+    return steps
+
+
+def test_the_four_step_table_is_the_greedy_minimax_solution():
+    for ours, oracle in zip(_FOUR_STEPS, greedy_minimax(0.005, 4), strict=True):
+        assert ours == pytest.approx(oracle, rel=2e-4)  # the grid of the linear program
+
+
+def torch_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """torch.optim.Muon's update of a matrix, read off one step without momentum."""
+    weight = torch.nn.Parameter(torch.zeros(matrix.shape))
+    weight.grad = matrix.float()
+    torch.optim.Muon([weight], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0).step()
+    factor = -weight.detach() / max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+    return factor.double()
+
+
+def hard_matrix(kind: str, rows: int, columns: int) -> torch.Tensor:
+    short = min(rows, columns)
+    if kind == "rank deficient":
+        return gaussian(rows, short // 8) @ gaussian(short // 8, columns, seed=1)
+    if kind.startswith("dominant"):
+        sigma = torch.full((short,), float(kind.split()[1]), dtype=torch.float64)
+        sigma[0] = 1.0
+        u, v = (torch.linalg.qr(gaussian(size, short, seed=size))[0] for size in (rows, columns))
+        return (u * sigma) @ v.T
+    return gaussian(rows, columns) if kind == "gaussian" else with_condition(rows, columns, float(kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 96), (192, 96), (96, 384)], ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "1e2", "1e4", "rank deficient", "dominant 0.01", "dominant 0.0017"])
+def test_singular_values_are_near_one_wherever_those_of_torch_muon_are(kind, shape, dtype):
+    matrix = hard_matrix(kind, *shape)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    factor = newton_schulz(matrix.float(), dtype=dtype).double()
+    ours, theirs = ((u.T @ x @ vh.T).diagonal() for x in (factor, torch_factor(matrix)))
+    fine = (theirs > 0.65) & (theirs < 1.25)
+    assert fine.any()
+    assert ours[fine].min() > 0.65 and ours[fine].max() < 1.25
+    assert torch.linalg.svdvals(factor).max() < 1.3  # no blow-up anywhere
 
 
 @pytest.mark.parametrize(
@@ -45,6 +122,13 @@ def test_newton_schulz_applies_its_polynomial_to_the_singular_values(shape, coef
 def test_newton_schulz_brings_singular_values_of_gaussian_matrices_close_to_one(coefficients, low, high):
     sigma = torch.linalg.svdvals(newton_schulz(gaussian(256, 64), coefficients=coefficients))
     assert low < sigma.min() and sigma.max() < high
+
+
+def test_hard_and_easy_matrices_of_one_stack_get_what_they_would_get_alone():
+    stack = torch.stack([hard_matrix("gaussian", 32, 64), hard_matrix("dominant 0.01", 32, 64), torch.zeros(32, 64)])
+    torch.testing.assert_close(
+        newton_schulz(stack), torch.stack([newton_schulz(m) for m in stack]), rtol=0, atol=1e-12
+    )
 
 
 @settings(deadline=None, max_examples=30)
