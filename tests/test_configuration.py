@@ -24,7 +24,7 @@ from blueberry.configuration_blueberry import PRESETS
             49152 * 512 + 12 * (4 * 512**2 + 8 * 512 + 8 * 2 * 512 * 2048 + 2 * 512 + 2 * 64) + 512,
         ),
         ("manifold-small", 10000 * 256 + 4 * (4 * 256**2 + 4 * 256 + 4 * 2 * 256 * 1024 + 2 * 256 + 2 * 64) + 256),
-        ("tiny", 4096 * 128 + 4 * (2 * 128 * (128 + 64) + 4 * 128 + 4 * 2 * 128 * 384 + 2 * 128 + 2 * 32) + 128),
+        ("tiny", 4096 * 128 + 3 * (2 * 128 * (128 + 64) + 8 * 128 + 8 * 2 * 128 * 256 + 2 * 128 + 2 * 32) + 128),
     ],
 )
 def test_presets_have_the_promised_number_of_parameters(preset: str, parameters: int):
