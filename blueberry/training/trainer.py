@@ -2,30 +2,74 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import UsageError
 from ..modeling_blueberry import BlueberryForCausalLM
+from ..optim.audit import format_audit
 from ..optim.build import build_optimizer
 from ..optim.composed import ComposedOptimizer
 from .arguments import BlueberryTrainingArguments
+from .run_folder import AUDIT, write_json
+
+
+def composed_optimizer(optimizer: Optimizer) -> ComposedOptimizer | None:
+    """The hybrid optimizer, out of accelerate's wrapper; None for any other one."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner if isinstance(inner, ComposedOptimizer) else None
+
+
+class AuditCallback(TrainerCallback):
+    """Prints the optimizer's audit before the first step, and saves it there and again when it has measurements."""
+
+    def __init__(self) -> None:
+        self._was_saved_with_measurements = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        composed = composed_optimizer(kwargs["optimizer"])
+        if composed is not None and state.is_world_process_zero:
+            print(format_audit(composed.audit()))
+            if state.global_step == 0:  # a resumed run has a measured one
+                _save_audit(args.output_dir, composed)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._was_saved_with_measurements:
+            return
+        composed = composed_optimizer(kwargs["optimizer"])
+        if composed is not None and composed.was_measured and state.is_world_process_zero:
+            _save_audit(args.output_dir, composed)
+            self._was_saved_with_measurements = True
+
+
+def _save_audit(folder: str, optimizer: ComposedOptimizer) -> None:
+    """`optimizer_audit.json` for programs and `optimizer_audit.md` for people."""
+    rows = optimizer.audit()
+    write_json(folder, AUDIT, rows)
+    (Path(folder) / AUDIT).with_suffix(".md").write_text(format_audit(rows))
 
 
 class BlueberryTrainer(Trainer):
     """Trainer whose optimizer is `build_optimizer(model, args)`.
 
     Gradients are clipped inside the optimizer, group by group (AdamW's by default); `max_grad_norm` sets the bound and
-    the logged `grad_norm` is that of all gradients before clipping. Logs carry one learning rate for each group and
-    tokens per second since the last log. `args.train_tokens` sets the number of steps from the length of the windows.
+    the logged `grad_norm` is that of all gradients before clipping. Logs carry one learning rate for each group,
+    tokens per second since the last log, and `skipped_steps` once a step was skipped for inf or NaN in its gradients.
+    The audit of the optimizer is printed before the first step and saved in the run.
+    `args.train_tokens` sets the number of steps from the length of the windows.
     """
 
     args: BlueberryTrainingArguments
@@ -37,6 +81,7 @@ class BlueberryTrainer(Trainer):
         if self.args.train_tokens is not None:
             self.args.max_steps = math.ceil(self.args.train_tokens / self.tokens_per_step())
         self._clock, self._tokens_at_clock = time.perf_counter(), 0
+        self.add_callback(AuditCallback)
 
     def tokens_per_step(self) -> int:
         """Tokens that all processes together see in one optimizer step."""
@@ -68,21 +113,33 @@ class BlueberryTrainer(Trainer):
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, *positional, **named)
 
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        """Norm of all gradients; a ComposedOptimizer clips by itself (its groups carry `max_grad_norm`)."""
-        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), ComposedOptimizer):
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | None:
+        """A ComposedOptimizer clips by itself (its groups carry `max_grad_norm`)."""
+        if composed_optimizer(self.optimizer) is None:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        """None for a ComposedOptimizer: it takes the norm in its step, and `log` reads it there."""
+        return None if composed_optimizer(self.optimizer) is not None else super()._get_grad_norm(model, grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log; training rows also get one learning rate for each group and the speed since the last row."""
+        """Trainer's log; training rows also get what the optimizer did and the speed since the last row."""
         if "loss" in logs:
+            logs |= self._optimizer_logs()
             logs.pop("learning_rate", None)
             logs |= {f"lr/{group['name']}": float(group["lr"]) for group in self._named_groups()}
             logs["tokens_per_second"] = self._speed()
             start_time = None  # Trainer's own speed is that since the start, evaluation and saving included
         super().log(logs, start_time)
+
+    def _optimizer_logs(self) -> dict[str, float]:
+        composed = composed_optimizer(self.optimizer)
+        if composed is None or composed.gradient_norm is None:
+            return {}
+        skipped = {"skipped_steps": composed.skipped_steps} if composed.skipped_steps else {}
+        return {"grad_norm": composed.gradient_norm} | skipped
 
     def _named_groups(self) -> list[dict[str, Any]]:
         """The parameter groups that `build_optimizer` named; a user's own optimizer has none."""
