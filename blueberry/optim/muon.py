@@ -4,14 +4,14 @@ K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", htt
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from ..polar import coefficient_steps, newton_schulz
+from ..polar import coefficient_steps, fastest_dtype, newton_schulz
 
 SCALE_MODES = ("shape", "rms_match", "none")
 
@@ -30,11 +30,19 @@ def update_scale(scale_mode: str, out_features: int, in_features: int) -> float:
     return 1.0
 
 
+class _Piece(NamedTuple):
+    """A parameter, or some experts of one, with what belongs to it: all views."""
+
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+
+
 class Muon(Optimizer):
     """Muon for matrices (out, in) and stacks of matrices (experts, out, in), each matrix orthogonalized by itself.
 
     State is one `momentum_buffer` per parameter (none with `momentum=0`), created at the first step, float32 unless
-    the parameter is float64. Matrices of one shape are orthogonalized together, at most `batch_bytes` at a time.
+    the parameter is float64. Matrices of one shape are orthogonalized together.
 
     Args:
         params: parameters or parameter groups; every parameter has 2 or 3 dimensions.
@@ -44,9 +52,13 @@ class Muon(Optimizer):
         ns_steps, coefficients: see `blueberry.polar.newton_schulz`.
         scale_mode: `shape`, `rms_match` or `none`, see `update_scale`.
         weight_decay: decoupled: weights shrink by lr * weight_decay a step.
+        cautious: decay only the entries that the update shrinks too (Chen et al., "Cautious Weight Decay",
+            arXiv:2510.12402).
+        neuron_beta: above 0, divide each row of the update by the root of a running mean of its squares and keep the
+            update's norm (Li et al., "NorMuon", arXiv:2510.05491; there 0.95). One number more of state per row.
         orthogonalize: False steps along the momentum itself (ablation).
         ns_dtype: dtype of the Newton-Schulz products; None takes the device's fastest.
-        batch_bytes: bound on the bytes of one batch of same-shaped matrices.
+        batch_bytes: bound on temporary memory, as far as one matrix allows.
     """
 
     def __init__(
@@ -56,12 +68,14 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int | None = None,
-        coefficients: str = "polar_express",
+        coefficients: str = "adaptive",
         scale_mode: str = "shape",
         weight_decay: float = 0.0,
+        cautious: bool = False,
+        neuron_beta: float = 0.0,
         orthogonalize: bool = True,
         ns_dtype: torch.dtype | None = None,
-        batch_bytes: int = 64 * 2**20,
+        batch_bytes: int = 128 * 2**20,
     ):
         self.ns_dtype = ns_dtype
         self.batch_bytes = batch_bytes
@@ -73,6 +87,8 @@ class Muon(Optimizer):
             "coefficients": coefficients,
             "scale_mode": scale_mode,
             "weight_decay": weight_decay,
+            "cautious": cautious,
+            "neuron_beta": neuron_beta,
             "orthogonalize": orthogonalize,
         }
         super().__init__(params, defaults)
@@ -89,53 +105,114 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for batch in self._batches(group):
-                self._step_batch(batch, group)
+            for pieces in self._batches(group):
+                self._step_batch(pieces, group)
         return loss
 
     def orthogonalize(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
         """(..., out, in) descent directions -> (..., out, in) updates of unit scale. What a variant overrides."""
-        return newton_schulz(directions, group["ns_steps"], group["coefficients"], self.ns_dtype)
+        return newton_schulz(directions, group["ns_steps"], group["coefficients"], directions.dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         restore_state_dtype(self, state_dict)
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
-        """Parameters with gradients, those of one shape, dtype and device together, bounded by `batch_bytes`."""
-        alike: dict[Any, list[Tensor]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
-        for parameters in alike.values():
-            size = max(1, self.batch_bytes // max(1, parameters[0].numel() * 4))
-            for start in range(0, len(parameters), size):
-                yield parameters[start : start + size]
+    def _batches(self, group: dict[str, Any]) -> Iterator[list[_Piece]]:
+        """Pieces of one shape, dtype and device together, their temporaries within `batch_bytes`."""
+        alike: dict[Any, list[_Piece]] = {}
+        for piece in self._pieces(group):
+            weight = piece.weight
+            alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(piece)
+        for pieces in alike.values():
+            size = max(1, self.batch_bytes // max(1, _temporary_bytes(pieces[0].weight)))
+            for start in range(0, len(pieces), size):
+                yield pieces[start : start + size]
 
-    def _step_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        directions = torch.stack([self._direction(parameter, group) for parameter in parameters])
+    def _pieces(self, group: dict[str, Any]) -> Iterator[_Piece]:
+        """Every parameter with a gradient; a stack of experts in slices where it alone would break `batch_bytes`."""
+        for parameter in group["params"]:
+            if parameter.grad is None or parameter.numel() == 0:
+                continue
+            state = self._state_of(parameter, group)
+            if parameter.ndim == 2:
+                yield _Piece(parameter, parameter.grad, state)
+                continue
+            experts = max(1, self.batch_bytes // max(1, _temporary_bytes(parameter[0])))
+            for start in range(0, len(parameter), experts):
+                chosen = slice(start, start + experts)
+                views = {name: tensor[chosen] for name, tensor in state.items()}
+                yield _Piece(parameter[chosen], parameter.grad[chosen], views)
+
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state, created when first asked for."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        state = self.state[parameter] if group["momentum"] or group["neuron_beta"] else {}
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
+        if group["neuron_beta"] and "neuron_second_moment" not in state:
+            state["neuron_second_moment"] = torch.zeros_like(parameter[..., :1], dtype=dtype)  # (..., out, 1)
+        return state
+
+    def _step_batch(self, pieces: list[_Piece], group: dict[str, Any]) -> None:
+        directions = self._directions(pieces, group)  # (pieces, ..., out, in)
         scale = 1.0
         if group["orthogonalize"]:
             directions = self.orthogonalize(directions, group)
-            scale = update_scale(group["scale_mode"], *parameters[0].shape[-2:])
-        decay = 1 - group["lr"] * group["weight_decay"]
-        for parameter, update in zip(parameters, directions.unbind(), strict=True):
-            if decay != 1:
-                parameter.mul_(decay)
-            parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+            scale = update_scale(group["scale_mode"], *directions.shape[-2:])
+        for piece, update in zip(pieces, directions.unbind(), strict=True):
+            if group["neuron_beta"]:
+                update = normalize_neurons(update, piece.state["neuron_second_moment"], group["neuron_beta"])
+            _apply(piece.weight, update, group, scale)
 
-    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Gradient with momentum, in the dtype of the momentum buffer."""
-        momentum = group["momentum"]
-        state_dtype = torch.promote_types(parameter.dtype, torch.float32)
-        gradient = parameter.grad.to(state_dtype)
-        if momentum == 0:
-            return gradient
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=state_dtype)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+    def _directions(self, pieces: list[_Piece], group: dict[str, Any]) -> Tensor:
+        """Gradients with momentum, stacked, in the dtype of the products: (pieces, ..., out, in)."""
+        weight = pieces[0].weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if group["orthogonalize"] and dtype != torch.float64:
+            dtype = self.ns_dtype or fastest_dtype(weight.device)
+        stack = torch.empty(len(pieces), *weight.shape, dtype=dtype, device=weight.device)
+        for place, piece in zip(stack.unbind(), pieces, strict=True):
+            place.copy_(_direction(piece, group))
+        return stack
+
+
+def _direction(piece: _Piece, group: dict[str, Any]) -> Tensor:
+    """Gradient with momentum, in the dtype of the momentum buffer."""
+    momentum = group["momentum"]
+    gradient = piece.gradient.to(torch.promote_types(piece.weight.dtype, torch.float32))
+    if momentum == 0:
+        return gradient
+    buffer = piece.state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+    return gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+
+
+def normalize_neurons(update: Tensor, second_moment: Tensor, beta: float) -> Tensor:
+    """Divide rows by the root of the running mean of their squares, and keep the norm of each matrix.
+
+    update (..., out, in); second_moment (..., out, 1), written. Source: Li et al., "NorMuon", arXiv:2510.05491.
+    """
+    update = update.to(second_moment.dtype)
+    second_moment.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - beta)
+    normalized = update / (second_moment.sqrt() + 1e-8)
+    norm, new_norm = (torch.linalg.matrix_norm(x, keepdim=True) for x in (update, normalized))
+    return normalized * (norm / new_norm.clamp_min(1e-30))
+
+
+def _apply(weight: Tensor, update: Tensor, group: dict[str, Any], scale: float) -> None:
+    """weight <- (1 - lr * weight_decay) weight - lr * scale * update."""
+    decay = group["lr"] * group["weight_decay"]
+    if decay and group["cautious"]:
+        weight.sub_(weight * (weight * update > 0), alpha=decay)
+    elif decay:
+        weight.mul_(1 - decay)
+    weight.add_(update, alpha=-group["lr"] * scale)
+
+
+def _temporary_bytes(weight: Tensor) -> int:
+    """Bytes that orthogonalizing takes besides the weight and its state: about four copies and five Gram matrices."""
+    short, long = sorted(weight.shape[-2:])
+    matrices = weight.numel() // max(1, short * long)
+    return matrices * 4 * (4 * short * long + 5 * short * short)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -148,6 +225,8 @@ def _check_group(group: dict[str, Any]) -> None:
         )
     if group["weight_decay"] < 0:
         raise UsageError(f"weight_decay={group['weight_decay']} is negative: use 0 for none")
+    if not 0 <= group["neuron_beta"] < 1:
+        raise UsageError(f"neuron_beta={group['neuron_beta']} is outside [0, 1): NorMuon's is 0.95, 0 switches it off")
     if group["scale_mode"] not in SCALE_MODES:
         raise UsageError(f"scale_mode={group['scale_mode']!r} is unknown: use one of {', '.join(SCALE_MODES)}")
     try:
