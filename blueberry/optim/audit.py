@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,8 +33,8 @@ class UpdateMeter:
     - `singular_values`: [least, largest] of the polar factor (the update over lr and scale), over a sample: of each
       shape and step two parameters, and of a stack the matrix with the largest norm. Of a matrix whose short side
       exceeds 512 that many rows, whose singular values lie between the least and the largest of the whole;
-    - `update_to_weight_ratio`: norm(dW) / norm(W), weight decay included, in the last measured step with lr > 0; None
-      for W = 0.
+    - `update_to_weight_ratio`: norm(dW) / norm(W), weight decay included, in the last measured step; None where it
+      says nothing, for W = 0 and lr = 0.
     """
 
     def __init__(self) -> None:
@@ -40,54 +42,69 @@ class UpdateMeter:
 
     @contextmanager
     def watch(self, muon: Muon) -> Iterator[None]:
-        """Measure the updates of `muon` as long as the context lasts."""
-        names = parameter_names(muon)
-        step_batch, orthogonalize = muon._step_batch, muon.orthogonalize
-        updates: list[Tensor] = []
-        seen: set[torch.Size] = set()
-
-        def keep_update(directions: Tensor, group: dict[str, Any]) -> Tensor:
-            updates.append(orthogonalize(directions, group))
-            return updates[-1]
-
-        def measure(parameters: list[Tensor], group: dict[str, Any]) -> None:
-            updates.clear()
-            before = [parameter.detach().clone() for parameter in parameters]
-            step_batch(parameters, group)
-            rows = [self.measurements.setdefault(names[parameter], {}) for parameter in parameters]
-            self._count(rows, updates)
-            self._spectra(rows, updates, seen)
-            if group["lr"] > 0:
-                self._ratios(rows, before, parameters)
-
-        muon._step_batch, muon.orthogonalize = measure, keep_update  # shadow the methods, on this object only
+        """Measure one step of `muon`, made within the context."""
+        step = _StepMeasurement(muon)
+        muon._step_batch, muon.orthogonalize = step.step_batch, step.orthogonalize  # shadows, on this object only
         try:
             yield
         finally:
             del muon._step_batch, muon.orthogonalize
+        for name, sums in step.sums.items():
+            sums.merge_into(self.measurements.setdefault(name, {}))
 
-    def _count(self, rows: list[Row], updates: list[Tensor]) -> None:
-        matrices = sum(math.prod(update.shape[:-2]) for update in updates)
-        for row in rows:
-            row["orthogonalizations"] = matrices // len(rows)
 
-    def _spectra(self, rows: list[Row], updates: list[Tensor], seen: set[torch.Size]) -> None:
-        """First and last parameter of the first batch of each shape."""
-        for update in updates:
-            if update.shape[1:] in seen:
-                continue
-            seen.add(update.shape[1:])
+@dataclass
+class _Sums:
+    """Of one parameter in one step, over the pieces that Muon cuts it into."""
+
+    matrices: int = 0
+    singular_values: list[float] = field(default_factory=list)
+    squared_change: float = 0.0
+    squared_weight: float = 0.0
+    lr: float = 0.0
+
+    def merge_into(self, row: Row) -> None:
+        row["orthogonalizations"] = self.matrices
+        if values := self.singular_values + row.get("singular_values", []):
+            row["singular_values"] = [min(values), max(values)]
+        says_something = self.lr > 0 and self.squared_weight > 0
+        ratio = math.sqrt(self.squared_change / self.squared_weight) if says_something else None
+        row["update_to_weight_ratio"] = ratio
+
+
+class _StepMeasurement:
+    """Stands in for the two methods of a Muon during one step."""
+
+    def __init__(self, muon: Muon):
+        self.sums: dict[str, _Sums] = defaultdict(_Sums)
+        self._names = parameter_names(muon)
+        self._inner_step_batch, self._inner_orthogonalize = muon._step_batch, muon.orthogonalize
+        self._batch: list[_Sums] = []  # of the pieces in the works
+        self._sampled: set[torch.Size] = set()
+
+    def step_batch(self, pieces: list[Any], group: dict[str, Any]) -> None:
+        weights = [piece.weight for piece in pieces]
+        before = [weight.detach().clone() for weight in weights]
+        self._batch = [self.sums[self._name(weight)] for weight in weights]
+        self._inner_step_batch(pieces, group)
+        for sums, old, new in zip(self._batch, before, weights, strict=True):
+            sums.squared_weight += _squared_norm(old)
+            sums.squared_change += _squared_norm(new - old)
+            sums.lr = float(group["lr"])
+
+    def orthogonalize(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
+        update = self._inner_orthogonalize(directions, group)  # (pieces, ..., out, in)
+        for sums in self._batch:
+            sums.matrices += math.prod(update.shape[:-2]) // len(self._batch)
+        if update.shape[1:] not in self._sampled:
+            self._sampled.add(update.shape[1:])
             for index in {0, len(update) - 1}:
-                row = rows[min(index, len(rows) - 1)]
-                low, high = _singular_value_range(update[index])
-                old_low, old_high = row.get("singular_values", (low, high))
-                row["singular_values"] = [min(low, old_low), max(high, old_high)]
+                self._batch[index].singular_values += _singular_value_range(update[index])
+        return update
 
-    def _ratios(self, rows: list[Row], before: list[Tensor], after: list[Tensor]) -> None:
-        for row, old, new in zip(rows, before, after, strict=True):
-            size = whole(torch.linalg.vector_norm(old, dtype=torch.float32)).item()
-            change = whole(torch.linalg.vector_norm(new.float() - old.float())).item()
-            row["update_to_weight_ratio"] = change / size if size > 0 else None
+    def _name(self, weight: Tensor) -> str:
+        """Of a parameter, or of the one that `weight` is a view of."""
+        return self._names[weight if weight in self._names else weight._base]
 
 
 def parameter_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
@@ -140,6 +157,10 @@ def collapse(names: Sequence[str]) -> list[str]:
     return [_collapsed(family) for family in families.values()]
 
 
+def _squared_norm(tensor: Tensor) -> float:
+    return whole(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))).item() ** 2
+
+
 def _singular_value_range(matrices: Tensor) -> tuple[float, float]:
     """Of the matrix with the largest norm among (..., out, in), from the eigenvalues of its Gram matrix."""
     matrices = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
@@ -148,7 +169,7 @@ def _singular_value_range(matrices: Tensor) -> tuple[float, float]:
     rows = wide[:_SAMPLED_ROWS]
     rows = rows.cpu().double() if rows.device.type == "mps" else rows.double()  # MPS has no float64
     if not rows.isfinite().all():
-        return math.nan, math.nan
+        return math.inf, math.inf
     squares = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0)  # ascending
     return squares[0].sqrt().item(), squares[-1].sqrt().item()
 
