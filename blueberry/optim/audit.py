@@ -132,7 +132,7 @@ def audit_warnings(rows: Sequence[Row], without_gradient: Sequence[str] = ()) ->
          "a row never move)"),
         (large, f"got an update with singular values above {MAX_SINGULAR_VALUE}: take more ns_steps, another set of "
          "coefficients, or ns_dtype=torch.float32"),
-        (lost, "did not change: its updates are lost in rounding; keep the weights in float32 or raise muon_lr"),
+        (lost, "did not change: its gradient is zero, or its updates are lost in rounding; keep the weights in float32"),
         (huge, f"got an update of more than {MAX_UPDATE_TO_WEIGHT_RATIO:g} times its own norm: lower muon_lr"),
     )  # fmt: skip
     return [f"{', '.join(collapse(names))} {text}" for names, text in found if names]
