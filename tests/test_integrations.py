@@ -1,5 +1,6 @@
-"""Muon where its users are: the stock Trainer, BlueberryTrainer, TRL, PEFT, torch.compile, torch's own test harness."""
+"""Muon where its users are: the stock Trainer, BlueberryTrainer, TRL, PEFT, torch.compile, torch's test harness."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from torch.testing._internal.common_optimizers import OptimizerInfo
+from torch.testing._internal.common_device_type import instantiate_device_type_tests
+from torch.testing._internal.common_optimizers import ErrorOptimizerInput, OptimizerInfo, OptimizerInput, optims
+from torch.testing._internal.common_utils import TestCase
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,7 +33,7 @@ WORDS = [
     "[UNK]",
     "[PAD]",
     "[EOS]",
-    *"the of and to in we our people nation states united congress year war peace".split(),
+    *("the", "of", "and", "to", "in", "we", "our", "people", "nation", "states", "united", "congress", "year", "war"),
 ]
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 
@@ -148,7 +151,7 @@ def test_an_optimizer_built_before_peft_wrapped_the_model_is_refused_before_the_
     before = copied(wrapped)
     args = arguments(tmp_path, BlueberryTrainingArguments if kind is BlueberryTrainer else TrainingArguments)
     trainer = kind(model=wrapped, args=args, train_dataset=rows(), optimizers=(optimizer, None))
-    with pytest.raises(UsageError, match="build_optimizer"):
+    with pytest.raises(UsageError, match=r"none of the optimizer's|holds 0 of 8 trainable parameters"):
         trainer.train()
     assert moved(before, wrapped) == set()
 
@@ -223,3 +226,123 @@ def test_a_compiled_model_does_not_recompile_per_step():
         for _ in range(3):
             step()
     assert counters["frames"]["total"] == frames
+
+
+def muon_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    kinds = {
+        "default": {},
+        "lr as a tensor": {"lr": torch.tensor(0.01)},
+        "weight decay": {"weight_decay": 0.1},
+        "cautious": {"weight_decay": 0.1, "cautious": True},
+        "no momentum": {"momentum": 0},
+        "not Nesterov": {"nesterov": False},
+        "rows normalised": {"neuron_beta": 0.95},
+        "AdamW's scale": {"scale_mode": "rms_match"},
+    }
+    return [OptimizerInput(params=None, kwargs=kwargs, desc=kind) for kind, kwargs in kinds.items()]
+
+
+def muon_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    weight = [nn.Parameter(torch.zeros(2, 3, device=device, dtype=dtype))]
+    errors = {"negative": {"lr": -0.1}, "outside": {"momentum": 1.0}, "is unknown": {"scale_mode": "large"}}
+    return [
+        ErrorOptimizerInput(OptimizerInput(weight, kwargs, regex), error_type=UsageError, error_regex=regex)
+        for regex, kwargs in errors.items()
+    ]
+
+
+MUON = OptimizerInfo(Muon, optim_inputs_func=muon_inputs, optim_error_inputs_func=muon_error_inputs)
+
+
+def matrices(device: str, dtype: torch.dtype) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 4), (4, 6), (3, 5, 5))
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+
+
+def some_steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+        optimizer.step()
+
+
+class TestMuonInTorchHarness(TestCase):
+    """What torch asks of an optimizer, over torch's own description of its settings."""
+
+    @optims([MUON], dtypes=[torch.float32, torch.bfloat16])
+    def test_a_loaded_state_dict_goes_on_as_the_saved_one(self, device, dtype, optim_info):
+        for given in optim_info.optim_inputs_func(device=device):
+            ours, theirs = matrices(device, dtype), matrices(device, dtype)
+            saved, loaded = (optim_info.optim_cls(params, **given.kwargs) for params in (ours, theirs))
+            some_steps(saved, ours, range(2))
+            loaded.load_state_dict(copy.deepcopy(saved.state_dict()))  # torch shares the buffers otherwise
+            for mine, other in zip(theirs, ours, strict=True):
+                mine.data.copy_(other)
+            some_steps(saved, ours, range(2, 4))
+            some_steps(loaded, theirs, range(2, 4))
+            self.assertEqual(ours, theirs, rtol=0, atol=0, msg=given.desc)
+
+    @optims([MUON], dtypes=[torch.float32])
+    def test_parameters_come_as_list_generator_names_or_groups(self, device, dtype, optim_info):
+        results = []
+        for form in (
+            list,
+            iter,
+            lambda params: [(str(i), p) for i, p in enumerate(params)],
+            lambda params: [{"params": params[:1]}, {"params": iter(params[1:])}],
+        ):
+            params = matrices(device, dtype)
+            some_steps(optim_info.optim_cls(form(params)), params, range(2))
+            results.append(params)
+        self.assertTrue(all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True)))
+
+    @optims([MUON], dtypes=[torch.float32])
+    def test_a_tensor_as_learning_rate_steps_like_the_number(self, device, dtype, optim_info):
+        results = []
+        for lr in (0.01, torch.tensor(0.01)):
+            params = matrices(device, dtype)
+            some_steps(optim_info.optim_cls(params, lr=lr, weight_decay=0.1), params, range(2))
+            results.append(params)
+        self.assertEqual(*results)
+
+    @optims([MUON], dtypes=[torch.float32])
+    def test_hooks_run_and_may_change_the_gradient(self, device, dtype, optim_info):
+        params, calls = matrices(device, dtype), []
+        optimizer = optim_info.optim_cls(params, momentum=0)
+        before = [parameter.detach().clone() for parameter in params]
+
+        def drop_gradients(optimizer: torch.optim.Optimizer, *rest: object) -> None:
+            calls.append("pre")
+            optimizer.zero_grad()
+
+        optimizer.register_step_pre_hook(drop_gradients)
+        optimizer.register_step_post_hook(lambda *rest: calls.append("post"))
+        optimizer.register_load_state_dict_post_hook(lambda optimizer: calls.append("load"))
+        some_steps(optimizer, params, range(1))
+        optimizer.load_state_dict(optimizer.state_dict())
+        self.assertEqual(calls, ["pre", "post", "load"])
+        self.assertEqual(before, params)
+
+    @optims([MUON], dtypes=[torch.float32])
+    def test_a_group_added_later_has_its_own_settings(self, device, dtype, optim_info):
+        first, second, third = matrices(device, dtype)
+        optimizer = optim_info.optim_cls([first], lr=0.1)
+        optimizer.add_param_group({"params": second, "lr": 0.0})
+        optimizer.add_param_group({"params": [third]})
+        before = [p.detach().clone() for p in (first, second, third)]
+        some_steps(optimizer, [first, second, third], range(1))
+        self.assertEqual(
+            [torch.equal(a, b) for a, b in zip(before, (first, second, third), strict=True)], [False, True, False]
+        )
+
+    @optims([MUON], dtypes=[torch.float32])
+    def test_bad_settings_are_refused_when_it_is_built(self, device, dtype, optim_info):
+        for error in optim_info.optim_error_inputs_func(device=device, dtype=dtype):
+            given = error.optimizer_error_input
+            with self.assertRaisesRegex(error.error_type, error.error_regex):
+                optim_info.optim_cls(given.params, **given.kwargs)
+
+
+instantiate_device_type_tests(TestMuonInTorchHarness, globals(), only_for="cpu")

@@ -19,6 +19,7 @@ from ..modeling_blueberry import BlueberryForCausalLM
 from ..optim.audit import format_audit
 from ..optim.build import build_optimizer
 from ..optim.composed import ComposedOptimizer
+from ..optim.param_groups import check_holds_trainable_parameters
 from .arguments import BlueberryTrainingArguments
 from .run_folder import AUDIT, write_json
 
@@ -96,8 +97,11 @@ class BlueberryTrainer(Trainer):
         return len(first["input_ids"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The optimizer, built unless there is one; UsageError if it misses a trainable parameter."""
+        model = self.model if model is None else model
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+            self.optimizer = build_optimizer(model, self.args)
+        check_holds_trainable_parameters(self.optimizer, model)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
