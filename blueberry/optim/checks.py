@@ -24,7 +24,7 @@ def _check_partition(name: str, parameter: Tensor) -> None:
     if "ds_id" in vars(parameter):
         raise UsageError(f"{name} of shape {shape} is a partition of DeepSpeed ZeRO-3: Muon needs whole matrices, "
                          "use FSDP2 (fsdp_version: 2 in accelerate's config)")  # fmt: skip
-    if type(parameter).__name__ == "FlatParameter":
+    if "_is_flat_param" in vars(parameter):
         raise UsageError(f"{name} of shape {shape} is a flat parameter of FSDP1: Muon needs whole matrices, "
                          "use FSDP2 (fsdp_version: 2 in accelerate's config)")  # fmt: skip
 
