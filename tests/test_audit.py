@@ -173,7 +173,7 @@ def row(**values) -> dict:
         ({"singular_values": [0.0, 0.0], "update_to_weight_ratio": 0.0}, "update of zero from Muon"),
         ({"singular_values": [0.9, 1.6]}, r"singular values above 1.5: take more ns_steps"),
         ({"singular_values": [math.inf, math.inf]}, "singular values above 1.5"),
-        ({"update_to_weight_ratio": 0.0}, "lost in rounding; keep the weights in float32"),
+        ({"update_to_weight_ratio": 0.0}, "lost in rounding; keep weights in float32"),
         ({"update_to_weight_ratio": 1.2}, "more than 1 times its own norm: lower muon_lr"),
         ({"update_to_weight_ratio": math.nan}, "lower muon_lr"),
     ],
@@ -201,7 +201,7 @@ def test_a_stack_with_one_dead_expert_is_no_cause_for_a_warning():
 def test_updates_lost_in_bfloat16_are_noticed():
     rows, _ = measured(torch.randn(32, 32).bfloat16() + 4, lr=1e-5)
     assert audit_warnings([{"name": "w"} | rows[0]]) == [
-        "w did not change: its gradient is zero, or its updates are lost in rounding; keep the weights in float32"
+        "w did not change: its gradient is zero, or its updates are lost in rounding; keep weights in float32"
     ]
 
 

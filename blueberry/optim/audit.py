@@ -30,9 +30,9 @@ class UpdateMeter:
     `measurements` maps a parameter's name to
 
     - `orthogonalizations`: matrices of it that were orthogonalized in one step;
-    - `singular_values`: [least, largest] of the polar factor (the update over lr and scale), over a sample: of each
-      shape and step two parameters, and of a stack the matrix with the largest norm. Of a matrix whose short side
-      exceeds 512 that many rows, whose singular values lie between the least and the largest of the whole;
+    - `singular_values`: [least, largest] of the polar factor (the update over lr and scale), of a sample: in each step
+      and of each shape the matrix with the largest norm in the first batch. Of a matrix whose short side exceeds 512
+      that many rows, whose singular values lie between the least and the largest of the whole;
     - `update_to_weight_ratio`: norm(dW) / norm(W), weight decay included, in the last measured step; None where it
       says nothing, for W = 0 and lr = 0.
     """
@@ -98,8 +98,9 @@ class _StepMeasurement:
             sums.matrices += math.prod(update.shape[:-2]) // len(self._batch)
         if update.shape[1:] not in self._sampled:
             self._sampled.add(update.shape[1:])
-            for index in {0, len(update) - 1}:
-                self._batch[index].singular_values += _singular_value_range(update[index])
+            largest = torch.linalg.vector_norm(update.flatten(0, -3), dim=(-2, -1)).argmax().item()
+            owner = self._batch[largest * len(self._batch) // math.prod(update.shape[:-2])]
+            owner.singular_values += _singular_value_range(update.flatten(0, -3)[largest])
         return update
 
     def _name(self, weight: Tensor) -> str:
@@ -132,7 +133,7 @@ def audit_warnings(rows: Sequence[Row], without_gradient: Sequence[str] = ()) ->
          "a row never move)"),
         (large, f"got an update with singular values above {MAX_SINGULAR_VALUE}: take more ns_steps, another set of "
          "coefficients, or ns_dtype=torch.float32"),
-        (lost, "did not change: its gradient is zero, or its updates are lost in rounding; keep the weights in float32"),
+        (lost, "did not change: its gradient is zero, or its updates are lost in rounding; keep weights in float32"),
         (huge, f"got an update of more than {MAX_UPDATE_TO_WEIGHT_RATIO:g} times its own norm: lower muon_lr"),
     )  # fmt: skip
     return [f"{', '.join(collapse(names))} {text}" for names, text in found if names]
@@ -161,17 +162,27 @@ def _squared_norm(tensor: Tensor) -> float:
     return whole(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))).item() ** 2
 
 
-def _singular_value_range(matrices: Tensor) -> tuple[float, float]:
-    """Of the matrix with the largest norm among (..., out, in), from the eigenvalues of its Gram matrix."""
-    matrices = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
-    matrix = matrices[torch.linalg.vector_norm(matrices, dim=(-2, -1)).argmax()]
+def _singular_value_range(matrix: Tensor) -> tuple[float, float]:
+    """(least, largest) of (out, in), from the eigenvalues of the Gram matrix of at most 512 rows of its short side."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     rows = wide[:_SAMPLED_ROWS]
     rows = rows.cpu().double() if rows.device.type == "mps" else rows.double()  # MPS has no float64
     if not rows.isfinite().all():
         return math.inf, math.inf
-    squares = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0)  # ascending
+    with _one_thread():
+        squares = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0)  # ascending
     return squares[0].sqrt().item(), squares[-1].sqrt().item()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small eigenvalue problems take 30 ms on one thread and up to a second on two that other work interrupts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _totals(rows: Sequence[Row]) -> str:
