@@ -19,6 +19,10 @@ GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions"
 FALCON = SIZES | {"bias": False, "alibi": False, "num_kv_heads": 2}
 CASES = {
     "gpt2": ("gpt2", GPT2),
+    "openai-gpt": ("openai-gpt", GPT2),
+    "gpt_bigcode_multi_query": ("gpt_bigcode", GPT2 | {"multi_query": True}),
+    "gpt_bigcode_heads": ("gpt_bigcode", GPT2 | {"multi_query": False}),
+    "minimax": ("minimax", MOE | {"layer_types": ["linear_attention"]}),
     "phi3": ("phi3", SIZES | {"num_key_value_heads": 2}),
     "gpt_neox": ("gpt_neox", SIZES),
     "bloom": ("bloom", {"vocab_size": 50, "hidden_size": 16, "n_layer": 1, "n_head": 4}),

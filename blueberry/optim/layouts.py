@@ -102,6 +102,15 @@ def _gpt2(attention: nn.Module) -> Layout:
     return _HALVES if attention.is_cross_attention else _THIRDS  # cross-attention: key and value
 
 
+def _bigcode(attention: nn.Module) -> Layout:
+    shared = attention.kv_dim  # one key and one value for all heads
+    return (
+        Layout(shape=(-1,), sizes=(attention.embed_dim, shared, shared))
+        if attention.multi_query
+        else _heads_in_turn(attention)
+    )
+
+
 def _falcon(attention: nn.Module) -> Layout:
     heads, head_dim = attention.num_heads, head_dim_of(attention)
     if attention.new_decoder_architecture:  # the queries of a group, then its key and value
@@ -114,7 +123,10 @@ def _falcon(attention: nn.Module) -> Layout:
 
 _FUSED: dict[str, Callable[[nn.Module], Layout]] = {
     r"^(GPT2|DecisionTransformerGPT2|ImageGPT)Attention\.c_attn$": _gpt2,
+    r"^Attention\.c_attn$": lambda _: _THIRDS,  # the first GPT
+    r"^GPTBigCodeAttention\.c_attn$": _bigcode,
     r"^(GPTNeoX|GPTNeoXJapanese|Bloom|Persimmon)Attention\.query_key_value$": _heads_in_turn,
+    r"^MiniMaxLightningAttention\.qkv_proj$": _heads_in_turn,
     r"^Falcon\w*Attention\w*\.query_key_value$": _falcon,
     r"^Phi(3|4Multimodal)Attention\.qkv_proj$": _queries_then_shared,
     r"^CodeGenAttention\.qkv_proj$": lambda _: Layout(shape=(4, 3, -1), axis=1),  # four groups of heads
