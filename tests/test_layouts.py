@@ -144,6 +144,11 @@ def test_attention_of_torch_is_cut_in_three_or_into_heads():
     assert declared(model, split_heads=True)["0.in_proj_weight"] == Layout(shape=(-1, 4))
 
 
+def test_heads_that_are_not_known_cannot_be_split():
+    with pytest.raises(UsageError, match="split_heads=True knows no heads in Sequential: declare them in layouts"):
+        build_optimizer(nn.Sequential(nn.Linear(4, 4)), split_heads=True)
+
+
 class OwnAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

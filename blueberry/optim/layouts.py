@@ -56,6 +56,8 @@ def _split_of(place: Place, split_heads: bool) -> Layout:
     fused = _fused(place)
     is_qkv = place.attribute in _QUERY_KEY_VALUE or (fused.shape and fused != _HALVES)
     head_dim = head_dim_of(place.parent) if split_heads and is_qkv else None
+    if head_dim and place.attribute == "v_proj":  # MiMo's values are narrower than its queries
+        head_dim = vars(place.parent).get("v_head_dim", head_dim)
     return Layout(shape=(-1, head_dim)) if head_dim else fused
 
 

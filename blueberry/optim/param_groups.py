@@ -66,6 +66,9 @@ def assign_parameters(
             raise UsageError(f"rule {rule!r} names optimizer {optimizer!r}: use muon or adamw")
     check_model(model)
     heads, found = find_heads(model), places(model)
+    if split_heads and all(layout_of(place) == layout_of(place, split_heads=True) for place in found):
+        raise UsageError(f"split_heads=True knows no heads in {type(model).__name__}: declare them in layouts, as "
+                         "{r'q_proj': Layout(shape=(-1, head_dim))}")  # fmt: skip
     used: set[str] = set()
     assignments = []
     for place in found:
