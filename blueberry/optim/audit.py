@@ -16,7 +16,7 @@ from .muon import Muon
 
 Row = dict[str, Any]
 
-MEASURED_STEPS = 2  # the first real steps of a process
+FIRST_STEPS = 2  # of a process; the last of them is measured: in the first, warm-up has lr 0 and LoRA's A no gradient
 MAX_SINGULAR_VALUE = 1.5  # of a polar factor 1; Newton-Schulz stays within [0, 1.3] of its own accord
 MAX_UPDATE_TO_WEIGHT_RATIO = 1.0  # a step as large as the weights replaces what they hold
 _SAMPLED_ROWS = 512  # of a sampled matrix: bounds the cost of its spectrum to a fraction of a second
@@ -30,11 +30,11 @@ class UpdateMeter:
     `measurements` maps a parameter's name to
 
     - `orthogonalizations`: matrices of it that were orthogonalized in one step;
-    - `singular_values`: [least, largest] of the polar factor (the update over lr and scale), of a sample: in each step
-      and of each shape the matrix with the largest norm in the first batch. Of a matrix whose short side exceeds 512
-      that many rows, whose singular values lie between the least and the largest of the whole;
-    - `update_to_weight_ratio`: norm(dW) / norm(W), weight decay included, in the last measured step; None where it
-      says nothing, for W = 0 and lr = 0.
+    - `singular_values`: [least, largest] of the polar factor (the update over lr and scale), of a sample: where names
+      differ in numbers only, the matrix with the largest update in the first batch. Of a matrix whose short side
+      exceeds 512 that many rows, whose singular values lie between the least and the largest of the whole;
+    - `update_to_weight_ratio`: norm(dW) / norm(W), weight decay included; None where it says nothing, for W = 0 and
+      lr = 0.
     """
 
     def __init__(self) -> None:
@@ -42,15 +42,14 @@ class UpdateMeter:
 
     @contextmanager
     def watch(self, muon: Muon) -> Iterator[None]:
-        """Measure one step of `muon`, made within the context."""
+        """Measure the step of `muon` that is made within the context."""
         step = _StepMeasurement(muon)
         muon._step_batch, muon.orthogonalize = step.step_batch, step.orthogonalize  # shadows, on this object only
         try:
             yield
         finally:
             del muon._step_batch, muon.orthogonalize
-        for name, sums in step.sums.items():
-            sums.merge_into(self.measurements.setdefault(name, {}))
+        self.measurements |= {name: sums.row() for name, sums in step.sums.items()}
 
 
 @dataclass
@@ -63,13 +62,13 @@ class _Sums:
     squared_weight: float = 0.0
     lr: float = 0.0
 
-    def merge_into(self, row: Row) -> None:
-        row["orthogonalizations"] = self.matrices
-        if values := self.singular_values + row.get("singular_values", []):
-            row["singular_values"] = [min(values), max(values)]
+    def row(self) -> Row:
         says_something = self.lr > 0 and self.squared_weight > 0
         ratio = math.sqrt(self.squared_change / self.squared_weight) if says_something else None
-        row["update_to_weight_ratio"] = ratio
+        row: Row = {"orthogonalizations": self.matrices, "update_to_weight_ratio": ratio}
+        if self.singular_values:
+            row["singular_values"] = [min(self.singular_values), max(self.singular_values)]
+        return row
 
 
 class _StepMeasurement:
@@ -79,29 +78,37 @@ class _StepMeasurement:
         self.sums: dict[str, _Sums] = defaultdict(_Sums)
         self._names = parameter_names(muon)
         self._inner_step_batch, self._inner_orthogonalize = muon._step_batch, muon.orthogonalize
-        self._batch: list[_Sums] = []  # of the pieces in the works
-        self._sampled: set[torch.Size] = set()
+        self._batch: list[str] = []  # names of the pieces in the works
+        self._sampled: set[tuple[str, torch.Size]] = set()
 
     def step_batch(self, pieces: list[Any], group: dict[str, Any]) -> None:
         weights = [piece.weight for piece in pieces]
         before = [weight.detach().clone() for weight in weights]
-        self._batch = [self.sums[self._name(weight)] for weight in weights]
+        self._batch = [self._name(weight) for weight in weights]
         self._inner_step_batch(pieces, group)
-        for sums, old, new in zip(self._batch, before, weights, strict=True):
+        for name, old, new in zip(self._batch, before, weights, strict=True):
+            sums = self.sums[name]
             sums.squared_weight += _squared_norm(old)
             sums.squared_change += _squared_norm(new - old)
             sums.lr = float(group["lr"])
 
     def orthogonalize(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
-        update = self._inner_orthogonalize(directions, group)  # (pieces, ..., out, in)
-        for sums in self._batch:
-            sums.matrices += math.prod(update.shape[:-2]) // len(self._batch)
-        if update.shape[1:] not in self._sampled:
-            self._sampled.add(update.shape[1:])
-            largest = torch.linalg.vector_norm(update.flatten(0, -3), dim=(-2, -1)).argmax().item()
-            owner = self._batch[largest * len(self._batch) // math.prod(update.shape[:-2])]
-            owner.singular_values += _singular_value_range(update.flatten(0, -3)[largest])
+        update = self._inner_orthogonalize(directions, group)
+        matrices = update.reshape(len(self._batch), -1, *update.shape[-2:])  # (pieces, matrices, out, in)
+        for name in self._batch:
+            self.sums[name].matrices += matrices.shape[1]
+        self._sample(matrices)
         return update
+
+    def _sample(self, matrices: Tensor) -> None:
+        """Of each kind of parameter in the batch the matrix with the largest norm, once a step."""
+        largest, which = torch.linalg.vector_norm(matrices, dim=(-2, -1)).max(dim=1)
+        for piece in largest.argsort(descending=True).tolist():
+            kind = _NUMBER.sub("{}", self._batch[piece]), matrices.shape[-2:]
+            if kind not in self._sampled:
+                self._sampled.add(kind)
+                matrix = matrices[piece, which[piece]]
+                self.sums[self._batch[piece]].singular_values += _singular_value_range(matrix)
 
     def _name(self, weight: Tensor) -> str:
         """Of a parameter, or of the one that `weight` is a view of."""
@@ -127,7 +134,7 @@ def audit_warnings(rows: Sequence[Row], without_gradient: Sequence[str] = ()) ->
     lost = [name for name, ratio in ratios.items() if ratio == 0 and name not in zero]
     huge = [name for name, ratio in ratios.items() if ratio is not None and not ratio <= MAX_UPDATE_TO_WEIGHT_RATIO]
     found = (
-        (without_gradient, f"got no gradient in the first {MEASURED_STEPS} steps: freeze it, or check that the loss "
+        (without_gradient, f"got no gradient in the first {FIRST_STEPS} steps: freeze it, or check that the loss "
          "depends on it"),
         (zero, "got an update of zero from Muon: its gradient is zero; check the initialization (two zero matrices in "
          "a row never move)"),

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from .audit import MEASURED_STEPS, Row, UpdateMeter, audit_warnings, parameter_names
+from .audit import FIRST_STEPS, Row, UpdateMeter, audit_warnings, parameter_names
 from .finite import first_non_finite, gradient_norms
 from .muon import Muon, restore_state_dtype
 from .param_groups import Assignment
@@ -44,7 +44,7 @@ class ComposedOptimizer(Optimizer):
 
     Args:
         optimizers: name -> optimizer; no parameter may be in two of them.
-        assignments: what each parameter got and why, for `audit`.
+        assignments: what each parameter got and why, for `audit`; by default read from the groups.
         max_skipped_steps: so many steps in a row may be skipped; one more raises UsageError.
     """
 
@@ -57,7 +57,6 @@ class ComposedOptimizer(Optimizer):
         if max_skipped_steps < 0:
             raise UsageError(f"max_skipped_steps={max_skipped_steps} is negative: use 0 to stop at the first")
         self.optimizers = dict(optimizers)
-        self.assignments = tuple(assignments)
         self.max_skipped_steps = max_skipped_steps
         self.gradient_norm: float | None = None
         self._meter = UpdateMeter()
@@ -69,6 +68,15 @@ class ComposedOptimizer(Optimizer):
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         super().__init__(groups, {})
         self._link()
+        self.assignments = tuple(assignments) or tuple(self._given())
+
+    def _given(self) -> Iterator[Assignment]:
+        """Assignments of parameters that the caller gave the parts."""
+        names = parameter_names(self)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kind = group.get("name", group["optimizer"])
+                yield Assignment(names[parameter], parameter, group["optimizer"], kind, "given to the optimizer")
 
     @property
     def skipped_steps(self) -> int:
@@ -78,7 +86,7 @@ class ComposedOptimizer(Optimizer):
     @property
     def was_measured(self) -> bool:
         """Whether the first steps are over, so that `audit` has its measurements."""
-        return self._steps >= MEASURED_STEPS
+        return self._steps >= FIRST_STEPS
 
     def _link(self) -> None:
         """Let every part work on this optimizer's groups and state."""
@@ -197,17 +205,21 @@ class ComposedOptimizer(Optimizer):
         if self.was_measured:
             for optimizer in self.optimizers.values():
                 optimizer.step()
-            return
+        else:
+            self._first_steps()
+
+    def _first_steps(self) -> None:
+        """A step that is watched: which parameters get gradients and, in the last of them, what Muon's updates are."""
         self._note_missing_gradients()
+        self._steps += 1
         with ExitStack() as stack:
             for optimizer in self.optimizers.values():
-                if isinstance(optimizer, Muon):
+                if self.was_measured and isinstance(optimizer, Muon):
                     stack.enter_context(self._meter.watch(optimizer))
                 optimizer.step()
-        self._steps += 1
         if self.was_measured:
             for message in audit_warnings(self.audit(), self._without_gradient):
-                warnings.warn(message, stacklevel=4)
+                warnings.warn(message, stacklevel=5)
 
     def _note_missing_gradients(self) -> None:
         missing = [name for p, name in parameter_names(self).items() if p.grad is None and p.requires_grad]
