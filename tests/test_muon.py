@@ -9,6 +9,7 @@ from torch import nn
 from blueberry.errors import UsageError
 from blueberry.optim import Muon
 from blueberry.optim.muon import normalize_neurons, update_scale
+from blueberry.optim.splits import Layout
 from blueberry.polar import newton_schulz
 
 
@@ -174,3 +175,26 @@ def test_a_stack_of_experts_cut_by_batch_bytes_steps_as_one():
         steps(optimizer, params, range(2))
     assert len(list(optimizer._batches(optimizer.param_groups[0]))) > 2
     torch.testing.assert_close(whole, cut, rtol=0, atol=1e-12)
+
+
+def test_fused_and_transposed_weights_step_as_their_matrices_would_alone():
+    layout = Layout(transposed=True, shape=(3, -1))  # stored (in, 3 out): query, key, value side by side
+    (fused,) = parameters((6, 12), dtype=torch.float64)
+    alone = [nn.Parameter(part.detach().clone()) for part in fused.T.reshape(3, 4, 6)]
+    fused.grad = torch.randn(6, 12).double()
+    for parameter, gradient in zip(alone, fused.grad.T.reshape(3, 4, 6), strict=True):
+        parameter.grad = gradient.clone()
+    Muon([{"params": [fused], "layout": tuple(layout)}]).step()
+    Muon(alone).step()
+    torch.testing.assert_close(fused.detach().T.reshape(3, 4, 6), torch.stack([p.detach() for p in alone]))
+
+
+def test_unequal_parts_keep_their_own_scale():
+    layout = Layout(shape=(-1,), sizes=(16, 2))
+    (fused,) = parameters((18, 4), dtype=torch.float64)
+    before = fused.detach().clone()
+    fused.grad = torch.randn(18, 4).double()
+    Muon([fused], lr=1.0, layout=layout).step()
+    direction = fused.grad  # newton_schulz does not depend on scale
+    expected = torch.cat([newton_schulz(direction[:16]) * (16 / 4) ** 0.5, newton_schulz(direction[16:])])
+    torch.testing.assert_close(before - fused.detach(), expected, rtol=0, atol=1e-9)

@@ -4,5 +4,6 @@ from .build import build_optimizer
 from .composed import ComposedOptimizer
 from .muon import Muon
 from .param_groups import assign_parameters
+from .splits import Layout
 
-__all__ = ["ComposedOptimizer", "Muon", "assign_parameters", "build_optimizer"]
+__all__ = ["ComposedOptimizer", "Layout", "Muon", "assign_parameters", "build_optimizer"]

@@ -3,7 +3,7 @@
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", https://kellerjordan.github.io/posts/muon/.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..polar import coefficient_steps, fastest_dtype, newton_schulz
+from .splits import cut, join
 
 SCALE_MODES = ("shape", "rms_match", "none")
 
@@ -58,6 +59,7 @@ class Muon(Optimizer):
             update's norm (Li et al., "NorMuon", arXiv:2510.05491; there 0.95). One number more of state per row.
         orthogonalize: False steps along the momentum itself (ablation).
         ns_dtype: dtype of the Newton-Schulz products; None takes the device's fastest.
+        layout: how the weights of a group hold their matrices, see `blueberry.optim.splits.Layout`.
         batch_bytes: bound on temporary memory, as far as one matrix allows.
     """
 
@@ -74,6 +76,7 @@ class Muon(Optimizer):
         cautious: bool = False,
         neuron_beta: float = 0.0,
         orthogonalize: bool = True,
+        layout: Sequence | None = None,
         ns_dtype: torch.dtype | None = None,
         batch_bytes: int = 128 * 2**20,
     ):
@@ -90,6 +93,7 @@ class Muon(Optimizer):
             "cautious": cautious,
             "neuron_beta": neuron_beta,
             "orthogonalize": orthogonalize,
+            "layout": None if layout is None else tuple(layout),
         }
         super().__init__(params, defaults)
 
@@ -116,6 +120,9 @@ class Muon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         restore_state_dtype(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "ns_dtype": self.ns_dtype, "batch_bytes": self.batch_bytes}
 
     def _batches(self, group: dict[str, Any]) -> Iterator[list[_Piece]]:
         """Pieces of one shape, dtype and device together, their temporaries within `batch_bytes`."""
@@ -150,19 +157,27 @@ class Muon(Optimizer):
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
         if group["neuron_beta"] and "neuron_second_moment" not in state:
-            state["neuron_second_moment"] = torch.zeros_like(parameter[..., :1], dtype=dtype)  # (..., out, 1)
+            neurons = parameter.mT if _is_transposed(group) else parameter  # (..., out, in)
+            state["neuron_second_moment"] = torch.zeros_like(neurons[..., :1], dtype=dtype)
         return state
 
     def _step_batch(self, pieces: list[_Piece], group: dict[str, Any]) -> None:
-        directions = self._directions(pieces, group)  # (pieces, ..., out, in)
-        scale = 1.0
+        updates, scale = self._directions(pieces, group), 1.0  # (pieces, ...) as the weights are stored
         if group["orthogonalize"]:
-            directions = self.orthogonalize(directions, group)
-            scale = update_scale(group["scale_mode"], *directions.shape[-2:])
-        for piece, update in zip(pieces, directions.unbind(), strict=True):
+            updates, scale = self._orthogonalize_parts(updates, group)
+        for piece, update in zip(pieces, updates.unbind(), strict=True):
             if group["neuron_beta"]:
-                update = normalize_neurons(update, piece.state["neuron_second_moment"], group["neuron_beta"])
+                update = _normalize_stored(update, piece.state["neuron_second_moment"], group)
             _apply(piece.weight, update, group, scale)
+
+    def _orthogonalize_parts(self, directions: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        """Orthogonalize each matrix that the group's layout finds in a weight; the scale that all have in common."""
+        parts = cut(directions, group["layout"])
+        scales = [update_scale(group["scale_mode"], *part.shape[-2:]) for part in parts]
+        updates = [self.orthogonalize(part, group) for part in parts]
+        if len(set(scales)) > 1:
+            updates = [update * (scale / scales[0]) for update, scale in zip(updates, scales, strict=True)]
+        return join(updates, group["layout"]), scales[0]
 
     def _directions(self, pieces: list[_Piece], group: dict[str, Any]) -> Tensor:
         """Gradients with momentum, stacked, in the dtype of the products: (pieces, ..., out, in)."""
@@ -184,6 +199,17 @@ def _direction(piece: _Piece, group: dict[str, Any]) -> Tensor:
         return gradient
     buffer = piece.state["momentum_buffer"].lerp_(gradient, 1 - momentum)
     return gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+
+
+def _is_transposed(group: dict[str, Any]) -> bool:
+    return group["layout"] is not None and group["layout"][0]
+
+
+def _normalize_stored(update: Tensor, second_moment: Tensor, group: dict[str, Any]) -> Tensor:
+    """`normalize_neurons` of an update that may be stored as (..., in, out)."""
+    if _is_transposed(group):
+        return normalize_neurons(update.mT, second_moment, group["neuron_beta"]).mT
+    return normalize_neurons(update, second_moment, group["neuron_beta"])
 
 
 def normalize_neurons(update: Tensor, second_moment: Tensor, beta: float) -> Tensor:
@@ -249,10 +275,11 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
 
 
 def restore_state_dtype(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Undo torch's cast of loaded state to the parameter's dtype: momentum of a bfloat16 parameter stays float32."""
+    """Undo torch's cast of loaded state to the parameter's dtype: for a bfloat16 parameter it stays float32."""
     saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in zip(saved_ids, parameters, strict=True):
-        saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-        if saved is not None and saved.dtype != optimizer.state[parameter]["momentum_buffer"].dtype:
-            optimizer.state[parameter]["momentum_buffer"] = saved.to(parameter.device, copy=True)
+        for name in ("momentum_buffer", "neuron_second_moment"):
+            saved = state_dict["state"].get(index, {}).get(name)
+            if saved is not None and saved.dtype != optimizer.state[parameter][name].dtype:
+                optimizer.state[parameter][name] = saved.to(parameter.device, copy=True)
