@@ -25,7 +25,8 @@ _LEFT_OUT = {
 }  # fmt: skip
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
-    CONFIG, EVAL_RESULTS, AUDIT, "runs", "spectral_log", "checkpoint-*", "config.json", "generation_config.json",
+    CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", "runs", "spectral_log", "checkpoint-*", "config.json",
+    "generation_config.json",
     "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
     "training_args.bin", "trainer_state.json", "*_results.json", "README.md", "*_blueberry.py",
 )  # fmt: skip
