@@ -27,6 +27,7 @@ def build_optimizer(
     rules: Mapping[str, str] | None = None,
     layouts: Mapping[str, Layout] | None = None,
     split_heads: bool = False,
+    max_skipped_steps: int = 10,
     **settings: Any,
 ) -> ComposedOptimizer:
     """Hybrid of Muon (hidden matrices and experts) and torch's AdamW (the rest) for any module.
@@ -37,6 +38,7 @@ def build_optimizer(
         rules: regular expression -> `muon` or `adamw`, see `assign_parameters`.
         layouts: regular expression -> `Layout` of transposed or fused weights that are not known, see `splits`.
         split_heads: orthogonalize each head of query, key and value projections by itself.
+        max_skipped_steps: steps with inf or NaN in the gradients that may be skipped in a row.
         settings: `optimizer` (`muon`, or `adamw` for everything), `muon_lr`, `adamw_lr`, `weight_decay` (decoupled, of
             both, not on norms and biases), `adam_beta1`, `adam_beta2`, `adam_epsilon`, `max_grad_norm` (of the AdamW
             parameters; 0 for none), and any of Muon's own: `momentum`, `nesterov`, `ns_steps`, ...
@@ -65,7 +67,7 @@ def build_optimizer(
         )
     if not parts:
         raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to optimize")
-    return ComposedOptimizer(parts, assignments)
+    return ComposedOptimizer(parts, assignments, max_skipped_steps)
 
 
 def _settings_of(args: "BlueberryTrainingArguments") -> dict[str, Any]:
