@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python scripts/generate.py --model results/demo --prompt "My fellow citizens,"
 
 test: install lint
-	$(ENV) $(BIN)/python -m pytest -m "not slow"
+	$(ENV) $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: install
 	$(ENV) $(BIN)/python -m pytest -m slow
