@@ -193,6 +193,9 @@ def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(case, script, sma
         ({"num_attention_heads": 3}, "num_attention_heads=3"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9"),
         ({"num_expert": 9}, "unknown key 'num_expert'"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"model_type": "bert"}, "BertLMHeadModel sees later tokens"),
+        ({"model_type": "vit"}, "'vit' has no causal language model"),
     ],
 )
 def test_a_bad_model_config_is_named(change, message, script, small_config, small_corpus, tmp_path, capsys):

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_blueberry import PRESETS, BlueberryConfig
@@ -35,7 +37,7 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(args.config_name, **overrides)
     except UsageError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         source = f"--preset {args.preset}" if args.config_name is None else f"--config_name {args.config_name}"
         raise UsageError(f"{source}: {' '.join(str(error).split())}") from error
 
@@ -59,5 +61,28 @@ def _check_keys(path: Path) -> None:
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal language model with fresh weights (set the seed before)."""
-    return AutoModelForCausalLM.from_config(config)
+    """A causal language model with fresh weights (set the seed before).
+
+    Raises UsageError for models without a causal head, and for those that see the tokens they are to predict.
+    """
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UsageError(f"model_type {config.model_type!r} has no causal language model: name another") from error
+    if config.model_type != BlueberryConfig.model_type:
+        _check_causal(model)
+    return model
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel) -> None:
+    """An encoder (BERT without `is_decoder`) would read its targets and reach a loss of zero that means nothing."""
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
+    other = ids.clone()
+    other[0, -1] = 1
+    before, after = (model(input_ids=x).logits[0, :-1] for x in (ids, other))
+    model.train(was_training)
+    if not torch.allclose(before, after, atol=1e-4):
+        raise UsageError(f"{type(model).__name__} sees later tokens: set is_decoder in its config, or name another")
