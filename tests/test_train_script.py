@@ -231,3 +231,30 @@ def test_a_folder_of_other_files_is_never_taken_for_a_run(arguments, script, tmp
         script("train_llm.py", *arguments, "--output_dir", tmp_path, "--overwrite_output_dir")
     assert "no run of Blueberry" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [("polynomial", "{}"), ("cosine_with_min_lr", '{"min_lr": 0.001}'), ("warmup_stable_decay", "{}")],
+)
+def test_schedules_with_settings_of_their_own_run(kind, kwargs, arguments, script, tmp_path):
+    script("train_llm.py", *arguments, "--train_tokens", 512, "--output_dir", tmp_path / "run", "--lr_scheduler_type",
+           kind, "--lr_scheduler_kwargs", kwargs)  # fmt: skip
+    assert (tmp_path / "run" / "eval_results.json").is_file()
+
+
+def test_a_schedule_without_its_settings_is_one_line(arguments, script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", "--lr_scheduler_type",
+               "cosine_with_min_lr")  # fmt: skip
+    assert "--lr_scheduler_type cosine_with_min_lr" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_stream_of_documents_trains_for_the_tokens_asked_for(small_corpus, small_config, script, tmp_path):
+    lines = [json.dumps({"text": path.read_text()}) for path in sorted(small_corpus.glob("*.txt"))]
+    (tmp_path / "documents.jsonl").write_text("\n".join(lines))
+    script("train_llm.py", "--dataset", tmp_path / "documents.jsonl", "--streaming", "true", "--config_name",
+           small_config, *RUN, "--train_tokens", 1000, "--max_validation_tokens", 500, "--output_dir",
+           tmp_path / "run")  # fmt: skip
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4  # 1000 tokens in steps of 8 x 32

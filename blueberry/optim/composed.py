@@ -66,7 +66,7 @@ class ComposedOptimizer(Optimizer):
             for group in optimizer.param_groups:
                 group |= {"optimizer": name, "skipped_steps": 0, "skipped_in_a_row": 0}
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        super().__init__(groups, {})
+        super().__init__(groups, {"lr": groups[0]["lr"]})  # schedules with a lowest lr read it
         self._link()
         self.assignments = tuple(assignments) or tuple(self._given())
 

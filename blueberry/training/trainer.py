@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -63,6 +63,15 @@ def _save_audit(folder: str, optimizer: ComposedOptimizer) -> None:
     (Path(folder) / AUDIT).with_suffix(".md").write_text(format_audit(rows))
 
 
+def tokens_per_step(args: TrainingArguments, train_dataset: Dataset | None) -> int:
+    """Tokens that all processes together see in one optimizer step, from the first window of the dataset."""
+    if train_dataset is None:
+        raise UsageError("train_tokens needs a train_dataset: its windows tell how many tokens a step has")
+    is_stream = isinstance(train_dataset, IterableDataset)
+    first = next(iter(train_dataset)) if is_stream else train_dataset[0]
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * len(first["input_ids"])
+
+
 class BlueberryTrainer(Trainer):
     """Trainer whose optimizer is `build_optimizer(model, args)`.
 
@@ -75,26 +84,21 @@ class BlueberryTrainer(Trainer):
 
     args: BlueberryTrainingArguments
 
-    def __init__(self, *positional: Any, **named: Any):
-        super().__init__(*positional, **named)
-        if not isinstance(self.args, BlueberryTrainingArguments):
-            raise UsageError(f"BlueberryTrainer got {type(self.args).__name__}: use BlueberryTrainingArguments")
-        if self.args.train_tokens is not None:
-            self.args.max_steps = math.ceil(self.args.train_tokens / self.tokens_per_step())
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: BlueberryTrainingArguments | None = None,
+        *,
+        train_dataset: Dataset | None = None,
+        **named: Any,
+    ):
+        if not isinstance(args, BlueberryTrainingArguments):
+            raise UsageError(f"BlueberryTrainer got {type(args).__name__}: use BlueberryTrainingArguments")
+        if args.train_tokens is not None:  # before Trainer asks a stream for its length
+            args.max_steps = math.ceil(args.train_tokens / tokens_per_step(args, train_dataset))
+        super().__init__(model, args, train_dataset=train_dataset, **named)
         self._clock, self._tokens_at_clock = time.perf_counter(), 0
         self.add_callback(AuditCallback)
-
-    def tokens_per_step(self) -> int:
-        """Tokens that all processes together see in one optimizer step."""
-        windows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return windows * self._window_length()
-
-    def _window_length(self) -> int:
-        dataset = self.train_dataset
-        if dataset is None:
-            raise UsageError("train_tokens needs a train_dataset: its windows tell how many tokens a step has")
-        first = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
-        return len(first["input_ids"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The optimizer, built unless there is one; UsageError if it misses a trainable parameter."""
@@ -109,7 +113,11 @@ class BlueberryTrainer(Trainer):
         if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
             decay_steps = max(1, num_training_steps // 5)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": decay_steps} | (self.args.lr_scheduler_kwargs or {})
-        return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind = self.args.lr_scheduler_type.value
+            raise UsageError(f"--lr_scheduler_type {kind} with these --lr_scheduler_kwargs: {error}") from error
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *positional: Any, **named: Any) -> Any:
         """Trainer's loss; a Blueberry in training is told that nobody wants its logits."""
