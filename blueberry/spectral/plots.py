@@ -16,6 +16,7 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tqdm.auto import tqdm
 
 from blueberry.errors import UsageError
 
@@ -134,7 +135,7 @@ def draw_run(run_dir: str | Path, output_dir: str | Path, formats: Sequence[str]
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in FIGURES.items():
+    for name, draw in tqdm(FIGURES.items(), desc="Drawing", unit="figure", delay=2):
         try:
             figure = draw(log)
         except NothingToDraw:
