@@ -37,10 +37,10 @@ def main() -> None:
         keep_freed_memory()
         use_idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     checkpoint = find_checkpoint(args)
-    check_run_folder(args)
+    check_run_folder(args, checkpoint)
     settings = describe(args, model_args, data_args, tracking_args)
     trainer, data = set_up(model_args, data_args, tracking_args, args)
-    start_run_folder(trainer, settings)
+    start_run_folder(trainer, settings, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     finish(trainer, data, settings)
 
@@ -114,12 +114,12 @@ def make_callbacks(model, tracking_args, args) -> list:
     return callbacks
 
 
-def start_run_folder(trainer, settings) -> None:
+def start_run_folder(trainer, settings, checkpoint) -> None:
     """The first write of a run: its config and the audit of its optimizer."""
     from blueberry.training.run_folder import AUDIT, clear_run_folder, write_config, write_json
 
     if trainer.is_world_process_zero():
-        clear_run_folder(trainer.args)
+        clear_run_folder(trainer.args, checkpoint)
         write_config(trainer.args.output_dir, settings)
         write_json(trainer.args.output_dir, AUDIT, trainer.create_optimizer().audit())
     trainer.accelerator.wait_for_everyone()

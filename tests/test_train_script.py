@@ -258,3 +258,17 @@ def test_a_stream_of_documents_trains_for_the_tokens_asked_for(small_corpus, sma
            tmp_path / "run")  # fmt: skip
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 4  # 1000 tokens in steps of 8 x 32
+
+
+@pytest.mark.parametrize("resume", ["false", "another run", "the model folder"])
+def test_resuming_never_overwrites_a_run_it_does_not_continue(resume, finished, arguments, script, tmp_path, capsys):
+    other = tmp_path / "other"
+    script("train_llm.py", *arguments, "--train_tokens", 512, "--output_dir", other)
+    value = {"false": "false", "another run": finished / "checkpoint-32", "the model folder": other}[resume]
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        script("train_llm.py", *arguments, "--output_dir", other, "--resume_from_checkpoint", value)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert ("is no checkpoint folder" if resume == "the model folder" else "already holds a run") in message
+    assert before == {path: path.stat().st_mtime_ns for path in other.rglob("*")}

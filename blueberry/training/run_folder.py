@@ -32,12 +32,21 @@ _CONTENTS = (
 )  # fmt: skip
 
 
-def check_run_folder(args: BlueberryTrainingArguments) -> None:
-    """Refuse to write over an earlier run or into a folder that is something else."""
+# What resuming needs besides the weights; a folder without them would restart optimizer and schedule silently.
+_CHECKPOINT = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+def check_run_folder(args: BlueberryTrainingArguments, checkpoint: str | None) -> None:
+    """Refuse to write over an earlier run or into a folder that is something else.
+
+    A run goes on in its own folder only: `checkpoint`, if there is one, must lie in it.
+    """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file: name a folder")
-    if not folder.is_dir() or args.resume_from_checkpoint or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
         return
     if not (folder / CONFIG).is_file():
         raise UsageError(f"--output_dir {folder} holds files that are no run of Blueberry: name another folder")
@@ -48,10 +57,10 @@ def check_run_folder(args: BlueberryTrainingArguments) -> None:
         )
 
 
-def clear_run_folder(args: BlueberryTrainingArguments) -> None:
+def clear_run_folder(args: BlueberryTrainingArguments, checkpoint: str | None) -> None:
     """Delete the earlier run that `overwrite_output_dir` gives up; files that no run writes stay."""
     folder = Path(args.output_dir)
-    if args.resume_from_checkpoint or not args.overwrite_output_dir:
+    if checkpoint is not None or not args.overwrite_output_dir:
         return
     for pattern in _CONTENTS:
         for path in folder.glob(pattern):
@@ -70,8 +79,9 @@ def find_checkpoint(args: BlueberryTrainingArguments) -> str | None:
                 f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint; train without it first"
             )
         return checkpoint
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UsageError(f"--resume_from_checkpoint {wanted} is no checkpoint folder (it has no trainer_state.json)")
+    missing = [name for name in _CHECKPOINT if not (Path(wanted) / name).is_file()]
+    if missing:
+        raise UsageError(f"--resume_from_checkpoint {wanted} is no checkpoint folder (it has no {missing[0]})")
     return str(wanted)
 
 
