@@ -5,162 +5,36 @@ python scripts/benchmark.py optimizer [--set dense|moe] [--repeats 7] [--threads
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from importlib import import_module
 
 import torch
-from torch import Tensor, nn
 
 from blueberry.errors import UsageError, run_script
-from blueberry.optim import Muon
-from blueberry.polar import fastest_dtype, newton_schulz
 
-# Shapes (out, in) or (experts, out, in) of all hidden matrices of a model, and how many layers have them.
-DENSE = [(512, 512), (256, 512), (256, 512), (512, 512), (2048, 512), (512, 2048)]  # blueberry-88m, 22 layers
-MOE = [(384, 384)] * 4 + [(8, 1536, 384), (8, 384, 1536)]  # blueberry-moe, 6 layers
-SETS = {"dense": DENSE * 22, "moe": MOE * 6}
+BENCHMARKS = ("optimizer",)  # each a module of scripts/benchmarks with `add_arguments` and `run`
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    for name in [arguments.set] if arguments.set else sorted(SETS):
-        for record in benchmark_optimizer(name, arguments.repeats):
-            print(json.dumps(record), flush=True)
+    for record in import_module(f"benchmarks.{arguments.what}").run(arguments):
+        print(json.dumps(record), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["optimizer"])
-    parser.add_argument("--set", choices=sorted(SETS), help="default: all")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    subparsers = parser.add_subparsers(dest="what", required=True)
+    for name in BENCHMARKS:
+        module = import_module(f"benchmarks.{name}")
+        subparser = subparsers.add_parser(name, help=module.__doc__, description=module.__doc__)
+        subparser.add_argument("--repeats", type=int, default=7)
+        subparser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+        module.add_arguments(subparser)
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         raise UsageError(f"--repeats {arguments.repeats} measures nothing: at least 1, 7 for a median worth quoting")
     return arguments
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must be quoted with."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"commit": commit, "torch": torch.__version__, "device": device, "threads": torch.get_num_threads()}
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def make_parameters(shapes: list[tuple[int, ...]], stacks: bool) -> list[nn.Parameter]:
-    """Gaussian parameters with Gaussian gradients; `stacks=False` gives each expert a parameter of its own."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = []
-    for shape in shapes:
-        weight, gradient = (torch.randn(shape, generator=generator).to(device()) for _ in range(2))
-        pairs = [(weight, gradient)] if stacks or len(shape) == 2 else zip(weight, gradient, strict=True)
-        for part, part_gradient in pairs:
-            parameter = nn.Parameter(part.clone())
-            parameter.grad = part_gradient.clone()
-            parameters.append(parameter)
-    return parameters
-
-
-class KellerJordanForm(torch.optim.Optimizer):
-    """The update rule as published (https://kellerjordan.github.io/posts/muon/): one matrix at a time, bfloat16."""
-
-    def __init__(self, params: list[nn.Parameter]):
-        super().__init__(params, {"lr": 0.02})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for parameter in self.param_groups[0]["params"]:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].lerp_(parameter.grad, 0.05)
-            update = newton_schulz(
-                parameter.grad.lerp(buffer, 0.95).bfloat16(), coefficients="keller_jordan", dtype=torch.bfloat16
-            )
-            parameter.add_(update, alpha=-0.02 * max(1, parameter.shape[-2] / parameter.shape[-1]) ** 0.5)
-
-
-def contestants(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
-    """Name -> optimizer on its own copy of the parameters. Peers take 2-D parameters only."""
-    from pytorch_optimizer import Muon as PytorchOptimizerMuon
-
-    plain = {"coefficients": "keller_jordan", "ns_dtype": fastest_dtype(device())}
-    peer_groups = {"params": make_parameters(shapes, stacks=False), "use_muon": True}
-    return {
-        "blueberry": Muon(make_parameters(shapes, stacks=True)),
-        "blueberry, keller_jordan": Muon(make_parameters(shapes, stacks=True), **plain),
-        "torch.optim.Muon": torch.optim.Muon(make_parameters(shapes, stacks=False), lr=0.02, weight_decay=0.0),
-        "pytorch_optimizer": PytorchOptimizerMuon([peer_groups]),
-        "Keller Jordan's form": KellerJordanForm(make_parameters(shapes, stacks=False)),
-        "AdamW fused (for scale)": torch.optim.AdamW(make_parameters(shapes, stacks=True), fused=True),
-    }
-
-
-def interleaved_medians(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns after one warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(repeats + 1):
-        for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def benchmark_optimizer(name: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """One record for each optimizer, and one with the distance to the limit."""
-    shapes = SETS[name]
-    optimizers = contestants(shapes)
-    seconds = interleaved_medians({key: optimizer.step for key, optimizer in optimizers.items()}, repeats)
-    peers = ("torch.optim.Muon", "pytorch_optimizer", "Keller Jordan's form")
-    fastest_peer = min(seconds[peer] for peer in peers)
-    for key, value in seconds.items():
-        yield {"benchmark": "optimizer", "set": name, "optimizer": key, "step_ms": round(1000 * value, 1),
-               "over_fastest_peer": round(value / fastest_peer, 3), "n": repeats, **machine()}  # fmt: skip
-    rate = gemm_rate(shapes)
-    flops = sum(four_step_flops(shape) for shape in shapes)
-    yield {"benchmark": "optimizer", "set": name, "limit": "products alone at the measured GEMM rate",
-           "gflop": round(flops / 1e9, 1), "gflop_per_s": round(rate / 1e9, 1),
-           "step_ms": round(1000 * flops / rate, 1),
-           "share_of_limit": round(flops / rate / seconds["blueberry"], 3), **machine()}  # fmt: skip
-
-
-def four_step_flops(shape: tuple[int, ...]) -> float:
-    """Floating-point operations of the four-step iteration as `polar` runs it, in full precision."""
-    short, long = sorted(shape[-2:])
-    matrices = shape[0] if len(shape) == 3 else 1
-    square = 2 * short**3
-    if long < 2 * short:  # plain: gram, its square, and the product with x, four times
-        return matrices * 4 * (2 * 2 * short**2 * long + square)
-    # Gram form: gram and last product; squares 4, products of polynomials 3, G <- P G P three times two
-    return matrices * (2 * 2 * short**2 * long + (4 + 3 + 6) * square)
-
-
-def gemm_rate(shapes: list[tuple[int, ...]]) -> float:
-    """Operations per second of batched square products at the commonest short side, in the dtype of the iteration."""
-    short = statistics.mode(min(shape[-2:]) for shape in shapes)
-    matrices: Tensor = torch.randn(8, short, short, device=device()).to(fastest_dtype(device()))
-    result = torch.empty_like(matrices)
-    seconds = interleaved_medians({"bmm": lambda: torch.bmm(matrices, matrices, out=result)}, 20)["bmm"]
-    return 8 * 2 * short**3 / seconds
 
 
 if __name__ == "__main__":

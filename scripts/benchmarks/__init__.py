@@ -1,0 +1,1 @@
+"""One module for each benchmark; `scripts/benchmark.py` runs them."""
