@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 
 from blueberry.errors import UsageError
 from blueberry.spectral import plots
@@ -92,6 +96,39 @@ def test_update_figures_show_their_chance_level(log):
 def test_layers_are_told_apart_by_colour(log):
     colors = {line.get_color() for line in plots.spectral_gap(log).axes[0].lines}
     assert len(colors) == 3
+
+
+def texts_of(figure) -> list[tuple[str, Bbox]]:
+    """What a drawn figure says, and where."""
+    FigureCanvasAgg(figure).draw()
+    texts = set(figure.texts)
+    for axes in figure.axes:
+        texts.add(axes.title)
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts |= {axis.get_offset_text(), axis.label, *(tick.label1 for tick in ticks)}
+            texts |= {tick.label2 for tick in ticks}
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_visible() and text.get_text()]
+
+
+@pytest.mark.parametrize(
+    "name", ["spectral_norm_evolution", "norm_heatmap", "singular_spectrum", "spectral_norm_vs_depth"]
+)
+@pytest.mark.parametrize("change", [1e-8, 3e-4])
+def test_no_text_of_a_figure_covers_another_or_is_cut_off(log, name, change):
+    """However little the values change, and over a hundred thousand steps."""
+    metrics = ["spectral_norm", "spectral_gap", "spectral_entropy", "update_alignment", "update_energy_in_top_k"]
+    barely = log.assign(step=log.step * 12_500, **{m: 0.7 + change * log.spectral_norm for m in metrics})
+    wide = pd.concat([barely.assign(projection=f"{p}_proj_{p}") for p in "abcd"])
+    figure = plots.FIGURES[name](wide)
+    texts = texts_of(figure)
+    assert len(texts) > 20
+    for text, box in texts:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+    for (one, box), (other, other_box) in combinations(texts, 2):
+        assert Bbox.intersection(box, other_box) is None, (one, other)
 
 
 def test_a_metric_that_was_not_logged_is_an_error_for_one_figure_and_skipped_by_draw_run(log, tmp_path):

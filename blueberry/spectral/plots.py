@@ -11,11 +11,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from tqdm.auto import tqdm
 
 from blueberry.errors import UsageError
@@ -74,6 +75,7 @@ def layer_heatmap(log: pd.DataFrame, metric: str = "spectral_norm") -> Figure:
             _edges(steps), _edges(layers), table.to_numpy(float), cmap="viridis", norm=norm, rasterized=True
         )
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        _count_steps(axes.xaxis)
         axes.grid(False)
     _label(figure, "step", "layer")
     _colorbar(figure, ScalarMappable(norm, "viridis"), label)
@@ -109,7 +111,7 @@ def spectral_norm_vs_depth(log: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(figure, "layer", r"spectral norm $\sigma_1$")
     shown = ListedColormap(cmap(np.linspace(0, 0.9, 256)))
-    _colorbar(figure, ScalarMappable(norm, shown), "step")
+    _count_steps(_colorbar(figure, ScalarMappable(norm, shown), "step").ax.yaxis)
     return figure
 
 
@@ -161,6 +163,7 @@ def _evolution(log: pd.DataFrame, metric: str, title: str, ylabel: str) -> Figur
             axes.plot(by_step.index, by_step["mean"], color=colors(layer), linewidth=1.4)
             if of_layer["expert"].nunique() > 1:
                 axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=colors(layer), alpha=0.12, lw=0)
+        _count_steps(axes.xaxis)
     _label(figure, "step", ylabel)
     _depth_colorbar(figure, log)
     return figure
@@ -186,10 +189,10 @@ def _panels(log: pd.DataFrame, title: str) -> tuple[Figure, Iterator[tuple[Axes,
     groups = list(log.groupby(["module", "projection"], sort=False))
     columns = min(len(groups), 4 if len(groups) in (4, 7, 8) or len(groups) > 9 else 3)
     lines = -(-len(groups) // columns)
-    width, height = 0.75 + 2.65 * columns + 0.6, 0.7 + 2.05 * lines + 0.1
+    width, height = 0.85 + 2.65 * columns + 0.6, 0.7 + 2.05 * lines + 0.1
     figure = Figure(figsize=(width, height))
     figure.suptitle(title, fontsize=12, y=1 - 0.12 / height, va="top")
-    grid = figure.add_gridspec(lines, columns, left=0.75 / width, right=1 - 1.0 / width, wspace=0.28,
+    grid = figure.add_gridspec(lines, columns, left=0.85 / width, right=1 - 1.0 / width, wspace=0.28,
                                bottom=0.6 / height, top=1 - 0.65 / height, hspace=0.48)  # fmt: skip
     for i in range(len(groups)):
         figure.add_subplot(grid[i])
@@ -205,8 +208,15 @@ def _titled(panels: Sequence[Axes], groups: Sequence[tuple]) -> Iterator[tuple[A
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, color="0.5", labelbottom=True)
+        axes.yaxis.get_offset_text().set_fontsize(7)  # "1e-6+1.2", where values barely change: beside the title
         axes.margins(x=0.02)
         yield axes, rows
+
+
+def _count_steps(axis: Axis) -> None:
+    """Whole steps with short labels: 800, 25k, 1.5M."""
+    axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _label(figure: Figure, x: str, y: str) -> None:
@@ -258,6 +268,8 @@ def _colorbar(figure: Figure, mappable: ScalarMappable, label: str) -> Colorbar:
     bar = figure.colorbar(mappable, cax=axes)
     bar.set_label(label, fontsize=9.5)
     bar.ax.tick_params(labelsize=8)
+    bar.ax.yaxis.get_offset_text().set(fontsize=7, ha="center")
+    bar.ax.yaxis.OFFSETTEXTPAD = 8  # points: above the topmost label
     bar.outline.set_visible(False)
     return bar
 
