@@ -11,7 +11,7 @@ import torch
 
 from blueberry.errors import UsageError, run_script
 
-BENCHMARKS = ("optimizer",)  # each a module of scripts/benchmarks with `add_arguments` and `run`
+BENCHMARKS = ("optimizer", "model")  # each a module of scripts/benchmarks with `add_arguments` and `run`
 
 
 def main() -> None:
