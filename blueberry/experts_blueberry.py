@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from .norm_blueberry import product_dtype
+
 EXPERTS_IMPLEMENTATION = "blueberry"
 
 
@@ -57,9 +59,7 @@ def has_fast_half_precision() -> bool:
 
 def compute_dtype(hidden_states: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's or the input's, but fp32 for half precision without hardware."""
-    dtype, device = hidden_states.dtype, hidden_states.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = product_dtype(hidden_states)
     half = dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and not has_fast_half_precision() else dtype
 
@@ -90,11 +90,12 @@ class _SortedExperts(torch.autograd.Function):
     ) -> Tensor:
         inner = hidden.new_empty(routing.order.numel(), up.shape[1])  # (pairs, width), before the activation
         outer = hidden.new_empty(routing.order.numel(), down.shape[1])  # (pairs, hidden)
+        cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
         for expert, start, stop in routing.rows:
             rows = slice(start, stop)
             x = hidden.index_select(0, routing.token[rows])
-            _affine(x, up[expert], up_bias, expert, out=inner[rows])
-            _affine(activation(inner[rows]), down[expert], down_bias, expert, out=outer[rows])
+            _affine(x, cast_up.read(expert), up_bias, expert, out=inner[rows])
+            _affine(activation(inner[rows]), cast_down.read(expert), down_bias, expert, out=outer[rows])
         outer[routing.rows[-1][2] if routing.rows else 0 :].zero_()  # pairs of other ranks
         ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, inner, outer)
         ctx.routing, ctx.activation = routing, activation
@@ -112,6 +113,7 @@ class _SortedExperts(torch.autograd.Function):
         grads = [torch.empty_like(weight) if needed else None for weight, needed in weights]
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
+        cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
         for expert, start, stop in routing.rows:
             rows = slice(start, stop)
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
@@ -120,29 +122,47 @@ class _SortedExperts(torch.autograd.Function):
             with torch.enable_grad():
                 before = inner[rows].detach().requires_grad_()
                 after = ctx.activation(before)  # (rows, width)
-            _write_gradients(grad, after.detach(), grad_down, grad_down_bias, expert)
-            (grad,) = torch.autograd.grad(after, before, grad @ down[expert].to(grad.dtype))  # (rows, width)
+            grad_after = grad @ cast_down.read(expert)
+            _write_gradients(grad, after.detach(), grad_down, grad_down_bias, expert, cast_down)
+            (grad,) = torch.autograd.grad(after, before, grad_after)  # (rows, width)
+            torch.mm(grad, cast_up.read(expert), out=grad_pairs[rows])
             x = hidden.index_select(0, routing.token[rows])
-            _write_gradients(grad, x, grad_up, grad_up_bias, expert)
-            torch.mm(grad, up[expert].to(grad.dtype), out=grad_pairs[rows])
+            _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
         return combine(grad_pairs, routing.place), grad_scores[routing.place], *grads, None, None
 
 
+class _Cast:
+    """One expert's matrix at a time in the dtype of the products, in a buffer that stays in the cache."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight
+        self.buffer = None if weight.dtype == dtype else weight.new_empty(weight.shape[1:], dtype=dtype)
+
+    def read(self, expert: int) -> Tensor:
+        """The expert's matrix (out, in), until the next call."""
+        return self.weight[expert] if self.buffer is None else self.buffer.copy_(self.weight[expert])
+
+    def write_product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """out = a b, through the buffer where out has another dtype."""
+        if self.buffer is None:
+            torch.mm(a, b, out=out)
+        else:
+            out.copy_(torch.mm(a, b, out=self.buffer))
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
-    """out = x weight^T + bias[expert], in the dtype of x; weight (out, in)."""
-    torch.mm(x, weight.to(x.dtype).t(), out=out)
+    """out = x weight^T + bias[expert]; weight (out, in) in the dtype of x."""
+    torch.mm(x, weight.t(), out=out)
     if bias is not None:
         out.add_(bias[expert])
 
 
 def _write_gradients(
-    grad: Tensor, x: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None, expert: int
+    grad: Tensor, x: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None, expert: int, cast: _Cast
 ) -> None:
     """Write the gradients of one expert's affine map, from grad (rows, out) and its input x (rows, in)."""
-    if grad_weight is not None and grad_weight.dtype == x.dtype:
-        torch.mm(grad.t(), x, out=grad_weight[expert])
-    elif grad_weight is not None:
-        grad_weight[expert] = grad.t() @ x
+    if grad_weight is not None:
+        cast.write_product(grad.t(), x, out=grad_weight[expert])
     if grad_bias is not None:
         grad_bias[expert] = grad.sum(dim=0)
 

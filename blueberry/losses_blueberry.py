@@ -1,22 +1,26 @@
 """The loss of the head without the logits, and the losses of the router.
 
 Router losses are taken per sequence, so that they do not depend on how a global batch is split. The file ships to the
-Hub as remote code, so it imports torch only.
+Hub as remote code, so it imports torch and its sibling only.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-CHUNK = 512  # tokens whose logits exist at once on the CPU; measured fastest of 128 to 1024
+from .norm_blueberry import product_dtype
+
+CPU_CHUNK, CHUNK = 512, 4096  # tokens whose logits exist at once; on the CPU measured fastest of 128 to 2048
+CACHED = 2**22  # probabilities in fp32 at once on the CPU: 16 MiB
 
 
 def can_fuse_head(hidden: Tensor, head: nn.Module) -> bool:
-    """Whether `head_cross_entropy` is exact here: a plain linear head, tensors of one full-precision dtype."""
+    """Whether `head_cross_entropy` is the same here as the loss of the head's logits: a plain linear head."""
     if type(head) is not nn.Linear or head.bias is not None or type(hidden) is not Tensor:
         return False
-    exact = hidden.dtype == head.weight.dtype and hidden.dtype in (torch.float32, torch.float64)
-    return exact and not torch.is_autocast_enabled(hidden.device.type) and not torch.compiler.is_compiling()
+    same_dtype = hidden.dtype == head.weight.dtype or torch.is_autocast_enabled(hidden.device.type)
+    return same_dtype and type(head.weight) is nn.Parameter and not torch.compiler.is_compiling()
 
 
 def head_cross_entropy(
@@ -30,16 +34,84 @@ def head_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the next token, from hidden states, with the logits of a few tokens at a time.
 
-    The mean over counted labels, or their sum divided by `num_items_in_batch` if that is given.
+    The mean over counted labels, or their sum divided by `num_items_in_batch` if that is given. Products are in
+    autocast's dtype where it is on; the loss is in fp32 at least.
     """
     targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     targets = targets.to(hidden.device).flatten()
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK if hidden.device.type == "cpu" else None)
-    total = F.linear_cross_entropy(
-        hidden.flatten(0, 1), weight, targets, reduction="sum", ignore_index=ignore_index, options=options
-    )
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = _HeadCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), weight, targets, ignore_index)
     count = targets.ne(ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return total / count
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """The sum of cross-entropies over counted targets. The forward computes the gradients of this sum as well.
+
+    With p = softmax(W h): dh = W^T (p - onehot) and dW = sum (p - onehot) h^T.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        """hidden (tokens, hidden) in the dtype of the products, weight (vocab, hidden), targets (tokens,) -> ()."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        counted = targets.ne(ignore_index)
+        targets = targets.where(counted, 0).unsqueeze(1)
+        matrix = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            x, mask = hidden[rows], counted[rows].unsqueeze(1)
+            logits = x @ matrix.t()  # (chunk, vocab)
+            total += softmax_minus_onehot_(logits, targets[rows]).masked_fill_(~mask, 0).sum()
+            if grad_hidden is not None:
+                torch.mm(logits, matrix, out=grad_hidden[rows]).mul_(mask)
+            if grad_weight is not None:
+                add_product_(grad_weight, logits.t(), x * mask)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Turn logits (tokens, vocab) into softmax(logits) - onehot(targets); return the losses (tokens, 1), fp32 at least.
+
+    The logarithm of the softmax's denominator is taken at the largest probability, which cannot underflow.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses = torch.empty(targets.shape, dtype=wide, device=logits.device)
+    step = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    for start in range(0, len(logits), step):
+        part, index = logits[start : start + step], targets[start : start + step]
+        normalizer, target = part.amax(dim=1, keepdim=True).to(wide), part.gather(1, index).to(wide)
+        probabilities = part.softmax(dim=1, dtype=wide)
+        normalizer -= probabilities.amax(dim=1, keepdim=True).log()
+        losses[start : start + step] = normalizer - target
+        part.copy_(probabilities.scatter_add_(1, index, -torch.ones_like(target)))
+    return losses
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in place and in the precision of total, which may be wider than that of a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def load_balancing_loss(router_logits: Tensor, token_mask: Tensor, top_k: int) -> Tensor:

@@ -27,10 +27,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_blueberry import can_attend_in_blocks, causal_attention
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
 from .losses_blueberry import can_fuse_head, head_cross_entropy, router_losses, sequence_weights
-from .norm_blueberry import BlueberryRMSNorm
+from .norm_blueberry import BlueberryRMSNorm, apply_rotary_pos_emb
 
 logger = logging.get_logger(__name__)
 
@@ -68,13 +69,6 @@ class BlueberryRotaryEmbedding(nn.Module):
 
 class BlueberryResidualLinear(nn.Linear):
     """A linear layer whose output is added to the residual stream: initialized smaller than the others."""
-
-
-def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of x (batch, heads, seq, head_dim) into each other by angles (batch, seq, head_dim / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), dim=-1)
 
 
 def eager_attention_forward(
@@ -131,19 +125,26 @@ class BlueberryAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (batch, seq, hidden) and, from eager attention, the weights."""
         heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        query = rotate(self.q_norm, self.q_proj(hidden_states).unflatten(-1, heads), *position_embeddings)
+        key = rotate(self.k_norm, self.k_proj(hidden_states).unflatten(-1, heads), *position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        query = apply_rotary_pos_emb(query, *position_embeddings)
-        key = apply_rotary_pos_emb(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        name = self.config._attn_implementation
+        name, dropout = self.config._attn_implementation, self.attention_dropout if self.training else 0.0
+        if name == "sdpa" and can_attend_in_blocks(query, key, attention_mask, dropout):
+            return self.o_proj(causal_attention(query, key, value, self.scaling).flatten(2)), None
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        kwargs |= {"dropout": dropout, "scaling": self.scaling}
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
+
+
+def rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x (batch, seq, heads, size), normalized unless `norm` is none, turned: (batch, heads, seq, size)."""
+    if isinstance(norm, BlueberryRMSNorm):
+        return norm.normalize_and_rotate(x, cos, sin)
+    return apply_rotary_pos_emb(norm(x).transpose(1, 2), cos, sin)
 
 
 class BlueberryMLP(nn.Module):
