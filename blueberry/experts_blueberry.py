@@ -22,32 +22,45 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from .norm_blueberry import product_dtype
 
 EXPERTS_IMPLEMENTATION = "blueberry"
+HALF_BLOCK = 16  # rows of half-precision products come in multiples of it
 
 
 class Routing(NamedTuple):
-    """The (token, choice) pairs of a batch in the order of their experts."""
+    """The (token, choice) pairs of a batch laid out in rows, expert after expert."""
 
-    token: Tensor  # (pairs,): the token of each sorted pair
-    order: Tensor  # (pairs,): its index token * top_k + choice before sorting
-    place: Tensor  # (tokens, top_k): where each pair went
-    rows: list[tuple[int, int, int]]  # expert, first row, one past the last row; experts without tokens are left out
+    token: Tensor  # (rows,): the token of each row
+    pair: Tensor  # (rows,): its pair token * top_k + choice
+    real: Tensor  # (rows,): False where a row only repeats its expert's last pair to fill up a block
+    place: Tensor  # (tokens, top_k): the row of each pair
+    spans: list[tuple[int, int, int]]  # expert, first row, one past the last row; experts without tokens are left out
 
 
-def sort_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:
+def sort_by_expert(top_k_index: Tensor, num_experts: int, block: int = 1) -> Routing:
     """Sort the pairs of top_k_index (tokens, top_k) by expert, keeping the order of tokens.
 
-    Indices from `num_experts` on stand for experts of another rank (expert parallelism): they sort last, into no rows.
+    An expert with more than `block` pairs gets a multiple of `block` rows: the CPU's half-precision products are
+    compiled for each shape they meet, which takes as long as a product of a few hundred rows.
+
+    Indices from `num_experts` on stand for experts of another rank (expert parallelism): they come last, in no span.
     """
     expert = top_k_index.reshape(-1)
     order = expert.argsort(stable=True)
+    pairs = expert.bincount(minlength=num_experts + 1)
+    pairs = torch.cat((pairs[:num_experts], pairs[num_experts:].sum(0, keepdim=True)))  # (experts + 1,)
+    filled = pairs.where(pairs <= block, -(-pairs // block) * block)
+    filled[-1] = pairs[-1]
+    first_pair, first_row = pairs.cumsum(0) - pairs, filled.cumsum(0) - filled
+
+    owner = torch.arange(num_experts + 1, device=order.device).repeat_interleave(filled)  # (rows,)
+    offset = torch.arange(len(owner), device=order.device) - first_row[owner]
+    pair = order[first_pair[owner] + offset.minimum(pairs[owner] - 1)]
+    real = offset < pairs[owner]
     place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
-    rows, start = [], 0
-    for index, count in enumerate(expert.bincount(minlength=num_experts)[:num_experts].tolist()):
-        if count:
-            rows.append((index, start, start + count))
-        start += count
-    return Routing(order // top_k_index.shape[1], order, place.view(top_k_index.shape), rows)
+    place[pair[real]] = real.nonzero().squeeze(1)
+
+    starts, lengths = first_row.tolist(), filled.tolist()
+    spans = [(e, starts[e], starts[e] + lengths[e]) for e in range(num_experts) if lengths[e]]
+    return Routing(pair // top_k_index.shape[1], pair, real, place.view(top_k_index.shape), spans)
 
 
 @cache
@@ -64,9 +77,9 @@ def compute_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.float32 if half and not has_fast_half_precision() else dtype
 
 
-def combine(pairs: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
-    """Sum (weighted by scores) the rows of `pairs` (pairs, hidden) at `place` (tokens, top_k) -> (tokens, hidden)."""
-    return F.embedding_bag(place, pairs, mode="sum", per_sample_weights=scores)
+def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Sum (weighted by scores) the `rows` (rows, hidden) at `place` (tokens, top_k) -> (tokens, hidden)."""
+    return F.embedding_bag(place, rows, mode="sum", per_sample_weights=scores)
 
 
 class _SortedExperts(torch.autograd.Function):
@@ -88,15 +101,15 @@ class _SortedExperts(torch.autograd.Function):
         routing: Routing,
         activation: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        inner = hidden.new_empty(routing.order.numel(), up.shape[1])  # (pairs, width), before the activation
-        outer = hidden.new_empty(routing.order.numel(), down.shape[1])  # (pairs, hidden)
+        inner = hidden.new_empty(len(routing.pair), up.shape[1])  # (rows, width), before the activation
+        outer = hidden.new_empty(len(routing.pair), down.shape[1])  # (rows, hidden)
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-        for expert, start, stop in routing.rows:
+        for expert, start, stop in routing.spans:
             rows = slice(start, stop)
             x = hidden.index_select(0, routing.token[rows])
             _affine(x, cast_up.read(expert), up_bias, expert, out=inner[rows])
             _affine(activation(inner[rows]), cast_down.read(expert), down_bias, expert, out=outer[rows])
-        outer[routing.rows[-1][2] if routing.rows else 0 :].zero_()  # pairs of other ranks
+        outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
         ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, inner, outer)
         ctx.routing, ctx.activation = routing, activation
         return combine(outer, routing.place, scores)
@@ -106,29 +119,29 @@ class _SortedExperts(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         hidden, scores, up, up_bias, down, down_bias, inner, outer = ctx.saved_tensors
         routing: Routing = ctx.routing
-        pair_scores = scores.reshape(-1)[routing.order]
-        grad_scores = torch.zeros_like(pair_scores)
-        grad_pairs = hidden.new_zeros(len(pair_scores), hidden.shape[1])
+        row_scores = (scores.reshape(-1)[routing.pair] * routing.real).unsqueeze(1)  # (rows, 1)
+        grad_scores = scores.new_zeros(len(routing.pair))
+        grad_rows = hidden.new_zeros(len(routing.pair), hidden.shape[1])
         weights = zip((up, up_bias, down, down_bias), ctx.needs_input_grad[2:6], strict=True)
         grads = [torch.empty_like(weight) if needed else None for weight, needed in weights]
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-        for expert, start, stop in routing.rows:
+        for expert, start, stop in routing.spans:
             rows = slice(start, stop)
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
             grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
-            grad.mul_(pair_scores[rows, None])
+            grad.mul_(row_scores[rows])
             with torch.enable_grad():
                 before = inner[rows].detach().requires_grad_()
                 after = ctx.activation(before)  # (rows, width)
             grad_after = grad @ cast_down.read(expert)
             _write_gradients(grad, after.detach(), grad_down, grad_down_bias, expert, cast_down)
             (grad,) = torch.autograd.grad(after, before, grad_after)  # (rows, width)
-            torch.mm(grad, cast_up.read(expert), out=grad_pairs[rows])
+            torch.mm(grad, cast_up.read(expert), out=grad_rows[rows])
             x = hidden.index_select(0, routing.token[rows])
             _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
-        return combine(grad_pairs, routing.place), grad_scores[routing.place], *grads, None, None
+        return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None
 
 
 class _Cast:
@@ -169,7 +182,7 @@ def _write_gradients(
 
 def _zero_idle_experts(grads: list[Tensor | None], routing: Routing, num_experts: int) -> None:
     """Clear the gradients of the experts that no token visited; the others are written later."""
-    for expert in set(range(num_experts)) - {row[0] for row in routing.rows}:
+    for expert in set(range(num_experts)) - {row[0] for row in routing.spans}:
         for grad in grads:
             if grad is not None:
                 grad[expert].zero_()
@@ -188,8 +201,9 @@ def blueberry_experts_forward(
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     activation = self._apply_gate if self.has_gate else self.act_fn
-    routing = sort_by_expert(top_k_index, self.num_experts)
     dtype = compute_dtype(hidden_states)
+    half = dtype in (torch.float16, torch.bfloat16)
+    routing = sort_by_expert(top_k_index, self.num_experts, block=HALF_BLOCK if half else 1)
     with torch.autocast(hidden_states.device.type, enabled=False):
         output = _SortedExperts.apply(
             hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias, routing, activation

@@ -89,7 +89,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Turn logits (tokens, vocab) into softmax(logits) - onehot(targets); return the losses (tokens, 1), fp32 at least.
+    """Make logits (tokens, vocab) softmax(logits) - onehot(targets); return the losses (tokens, 1), in fp32 at least.
 
     The logarithm of the softmax's denominator is taken at the largest probability, which cannot underflow.
     """

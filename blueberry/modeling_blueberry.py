@@ -8,6 +8,7 @@ The file ships to the Hub as remote code, so it imports torch, transformers and 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from .attention_blueberry import can_attend_in_blocks, causal_attention
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
 from .losses_blueberry import can_fuse_head, head_cross_entropy, router_losses, sequence_weights
-from .norm_blueberry import BlueberryRMSNorm, apply_rotary_pos_emb
+from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
 
 logger = logging.get_logger(__name__)
 
@@ -111,9 +112,8 @@ class BlueberryAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = BlueberryResidualLinear(query_size, config.hidden_size, bias=False)
-        norm = BlueberryRMSNorm if config.use_qk_norm else nn.Identity
-        self.q_norm = norm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = norm(self.head_dim, config.rms_norm_eps)
+        norm = partial(BlueberryHeadRMSNorm, self.head_dim, config.rms_norm_eps) if config.use_qk_norm else Rotation
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(
         self,
@@ -125,8 +125,8 @@ class BlueberryAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output (batch, seq, hidden) and, from eager attention, the weights."""
         heads = (-1, self.head_dim)
-        query = rotate(self.q_norm, self.q_proj(hidden_states).unflatten(-1, heads), *position_embeddings)
-        key = rotate(self.k_norm, self.k_proj(hidden_states).unflatten(-1, heads), *position_embeddings)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads), *position_embeddings)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads), *position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -138,13 +138,6 @@ class BlueberryAttention(nn.Module):
         kwargs |= {"dropout": dropout, "scaling": self.scaling}
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
-
-
-def rotate(norm: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads x (batch, seq, heads, size), normalized unless `norm` is none, turned: (batch, heads, seq, size)."""
-    if isinstance(norm, BlueberryRMSNorm):
-        return norm.normalize_and_rotate(x, cos, sin)
-    return apply_rotary_pos_emb(norm(x).transpose(1, 2), cos, sin)
 
 
 class BlueberryMLP(nn.Module):

@@ -107,16 +107,28 @@ class BlueberryRMSNorm(nn.Module):
         wide = widen(x)
         return (self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)).to(product_dtype(x))
 
-    def normalize_and_rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Heads x (batch, seq, heads, size) normalized and turned by their positions: (batch, heads, seq, size)."""
-        if self.can_fuse(x) and type(cos) is Tensor:
-            return _NormalizeAndRotate.apply(x, self.weight, cos, sin, self.eps)
-        return apply_rotary_pos_emb(self(x).transpose(1, 2), cos, sin)
-
     def can_fuse(self, x: Tensor) -> bool:
         """In eager mode on the CPU, plain tensors, weights in full precision."""
         plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
         return plain and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+
+
+class BlueberryHeadRMSNorm(BlueberryRMSNorm):
+    """The norm of queries or keys, followed by the rotation of their positions; the dtype stays."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (batch, seq, heads, size), cos and sin (batch or 1, seq, size / 2) -> (batch, heads, seq, size)."""
+        if self.can_fuse(x) and type(cos) is Tensor:
+            return _NormalizeAndRotate.apply(x, self.weight, cos, sin, self.eps)
+        return apply_rotary_pos_emb(super().forward(x).transpose(1, 2), cos, sin)
+
+
+class Rotation(nn.Module):
+    """The rotation alone, for heads without a norm."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """As `BlueberryHeadRMSNorm`."""
+        return apply_rotary_pos_emb(x.transpose(1, 2), cos, sin)
 
 
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ PACKAGES = ("blueberry", "trainer_callbacks", "hub")
 # module prefix -> prefixes of this project it may import; the longest matching prefix decides
 ALLOWED = {
     "blueberry.configuration_blueberry": (),
-    "blueberry.experts_blueberry": (),
-    "blueberry.losses_blueberry": (),
+    "blueberry.attention_blueberry": (),
+    "blueberry.experts_blueberry": ("blueberry.norm_blueberry",),
+    "blueberry.losses_blueberry": ("blueberry.norm_blueberry",),
     "blueberry.norm_blueberry": (),
     "blueberry.modeling_blueberry": (
+        "blueberry.attention_blueberry",
         "blueberry.configuration_blueberry",
         "blueberry.experts_blueberry",
         "blueberry.losses_blueberry",

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -135,10 +137,25 @@ def test_frozen_experts_get_no_gradient_but_pass_it_on():
 def test_sorting_puts_every_pair_at_its_place():
     index = torch.tensor([[3, 0], [1, 3], [0, 4], [3, 1]])
     routing = sort_by_expert(index, num_experts=4)  # expert 4 lives elsewhere
-    assert routing.rows == [(0, 0, 2), (1, 2, 4), (3, 4, 7)]
+    assert routing.spans == [(0, 0, 2), (1, 2, 4), (3, 4, 7)]
     assert routing.token.tolist() == [0, 2, 1, 3, 0, 1, 3, 2]
-    assert torch.equal(index.flatten()[routing.order], index.flatten().sort().values)
-    assert torch.equal(index.flatten()[routing.order][routing.place], index)
+    assert torch.equal(index.flatten()[routing.pair], index.flatten().sort().values)
+    assert torch.equal(index.flatten()[routing.pair][routing.place], index)
+    assert routing.real.all()
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.sampled_from([1, 2, 3, 16]))
+def test_blocks_are_filled_with_repetitions_that_no_token_reads(experts: list[int], block: int):
+    index = torch.tensor(experts).unsqueeze(1)  # expert 5 lives elsewhere
+    routing = sort_by_expert(index, num_experts=5, block=block)
+    assert torch.equal(routing.pair[routing.place], torch.arange(len(experts)).unsqueeze(1))
+    assert sorted(routing.place.flatten().tolist()) == routing.real.nonzero().flatten().tolist()
+    assert [expert for expert, _, _ in routing.spans] == sorted(set(experts) - {5})
+    for expert, start, stop in routing.spans:
+        count = experts.count(expert)
+        assert stop - start == (count if count <= block else -(-count // block) * block)
+        assert all(experts[pair] == expert for pair in routing.pair[start:stop])
+    assert len(routing.pair) == sum(stop - start for _, start, stop in routing.spans) + experts.count(5)
 
 
 def test_combine_sums_the_pairs_of_a_token():
@@ -155,7 +172,7 @@ def test_autocast_agrees_with_full_precision(gated: bool, hardware: bool, monkey
     experts = build_experts(gated).float()
     hidden, index, weights = (
         tensor.float().detach() if tensor.is_floating_point() else tensor
-        for tensor in random_routing(64, [0, 1, 2, 3])
+        for tensor in random_routing(64, [0, 1, 2, 3])  # some 32 tokens each: blocks are filled up
     )
     hidden.requires_grad_(), weights.requires_grad_()
     inputs = [hidden, weights, *experts.parameters()]

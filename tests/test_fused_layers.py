@@ -1,13 +1,14 @@
-"""The fused norm and the head's loss without logits equal their definitions, gradients too."""
+"""Fused norms, attention by blocks and the head's loss without logits equal their definitions, gradients too."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM
+from blueberry.attention_blueberry import BLOCK, LONGEST, can_attend_in_blocks, causal_attention
 from blueberry.losses_blueberry import can_fuse_head, head_cross_entropy
-from blueberry.norm_blueberry import BlueberryRMSNorm
+from blueberry.norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm
 
 
 def norm(size: int, dtype: torch.dtype = torch.float64) -> BlueberryRMSNorm:
@@ -40,6 +41,76 @@ def test_rms_norm_of_zeros_is_zero_with_finite_gradients():
     module = norm(4, torch.float32)
     module(x).sum().backward()
     assert torch.isfinite(x.grad).all() and torch.isfinite(module.weight.grad).all()
+
+
+def test_rms_norm_under_autocast_gives_the_dtype_of_the_products_that_follow():
+    module, x = norm(64, torch.float32), torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    assert torch.equal(output, module(x).bfloat16())
+    output.sum().backward()
+    assert x.grad.dtype == module.weight.grad.dtype == torch.float32
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """The definition, by complex numbers: the halves of x (batch, seq, heads, size) are real and imaginary parts."""
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angles).unsqueeze(2)
+    return torch.cat((turned.real, turned.imag), dim=-1).transpose(1, 2)
+
+
+def head_norm(size: int) -> BlueberryHeadRMSNorm:
+    module = BlueberryHeadRMSNorm(size, 1e-6).double()
+    nn.init.normal_(module.weight, mean=1.0)
+    return module
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_are_normalized_and_turned_by_their_angles(batch: int):
+    x, angles = torch.randn(2, 5, 3, 6, dtype=torch.float64), 7 * torch.randn(batch, 5, 3, dtype=torch.float64)
+    module = head_norm(6)
+    expected = rotated(x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.weight, angles)
+    torch.testing.assert_close(module(x, angles.cos(), angles.sin()), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_normalized_and_turned_heads_have_the_right_gradients():
+    x, angles = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True), torch.randn(1, 3, 2).double()
+    module = head_norm(4)
+    turns = angles.cos(), angles.sin()
+    assert torch.autograd.gradcheck(
+        lambda x, weight: torch.func.functional_call(module, {"weight": weight}, (x, *turns)), (x, module.weight)
+    )
+
+
+def attention_inputs(seq: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    heads = (4, kv_heads, kv_heads)
+    return [3 * torch.randn(2, count, seq, 6, dtype=dtype).requires_grad_() for count in heads]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("seq", [1, 5, BLOCK, 2 * BLOCK + 3])
+def test_attention_by_blocks_is_causal_attention_and_so_are_its_gradients(seq: int, kv_heads: int):
+    inputs = attention_inputs(seq, kv_heads)
+    query, key, value = inputs[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in inputs[1:])
+    scores = (query @ key.transpose(2, 3) / 6**0.5).masked_fill(torch.ones(seq, seq).triu(1).bool(), -torch.inf)
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    actual = causal_attention(*inputs, 6**-0.5)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(x, inputs, direction) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_attention_by_blocks_takes_only_training_on_whole_sequences():
+    query, key, _ = attention_inputs(5, 4)
+    assert can_attend_in_blocks(query, key, None, dropout=0.0)
+    assert not can_attend_in_blocks(query, key, torch.zeros(1, 1, 5, 5), dropout=0.0)
+    assert not can_attend_in_blocks(query, key, None, dropout=0.1)
+    assert not can_attend_in_blocks(query[:, :, :1], key, None, dropout=0.0)
+    long = torch.zeros(1, 1, LONGEST + 1, 2, requires_grad=True)
+    assert not can_attend_in_blocks(long, long, None, dropout=0.0)
+    with torch.no_grad():
+        assert not can_attend_in_blocks(query, key, None, dropout=0.0)
 
 
 @pytest.mark.parametrize("num_items", [None, 17])
@@ -79,4 +150,53 @@ def test_heads_that_are_more_than_a_matrix_keep_their_logits():
     assert can_fuse_head(hidden, nn.Linear(4, 5, bias=False))
     assert not can_fuse_head(hidden, nn.Linear(4, 5))
     assert not can_fuse_head(hidden, nn.Sequential(nn.Linear(4, 5, bias=False)))
-    assert not can_fuse_head(hidden.bfloat16(), nn.Linear(4, 5, bias=False).bfloat16())
+    assert not can_fuse_head(hidden.bfloat16(), nn.Linear(4, 5, bias=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_fuse_head(hidden.bfloat16(), nn.Linear(4, 5, bias=False))
+
+
+def test_the_loss_without_logits_has_the_right_gradients():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 4, 3), (7, 3)))
+    labels = torch.tensor([[1, 2, -100, 6], [-100, 0, 3, 3]])
+    assert torch.autograd.gradcheck(lambda h, w: head_cross_entropy(h, w, labels), (hidden, weight))
+
+
+def test_the_loss_without_logits_survives_probabilities_that_underflow():
+    hidden = torch.tensor([[[1.0], [1.0]]], requires_grad=True)
+    weight = torch.tensor([[300.0], [-300.0], [0.0]], requires_grad=True)  # exp(-600) is zero in fp32
+    loss = head_cross_entropy(hidden, weight, shift_labels=torch.tensor([[1, 0]]))
+    loss.backward()
+    assert loss.item() == 300.0  # (600 + 0) / 2
+    assert weight.grad.flatten().tolist() == [0.5, -0.5, 0.0]
+
+
+def test_the_loss_without_logits_can_be_differentiated_twice_over_the_same_graph():
+    hidden, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = head_cross_entropy(hidden, weight, torch.tensor([[0, 1, 2]]))
+    first = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        torch.testing.assert_close(one, 3 * other)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_the_loss_without_logits_leaves_out_what_is_frozen(frozen: str):
+    inputs = {"hidden": torch.randn(1, 3, 4), "weight": torch.randn(5, 4)}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name != frozen)
+    head_cross_entropy(**inputs, labels=torch.tensor([[0, 1, 2]])).backward()
+    assert [tensor.grad is None for tensor in inputs.values()] == [name == frozen for name in inputs]
+
+
+def test_under_autocast_the_loss_without_logits_equals_that_of_the_logits():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 700, 32, requires_grad=True), nn.Linear(32, 90, bias=False)
+    labels = torch.randint(0, 90, (2, 700))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        fused = head_cross_entropy(hidden, head.weight, labels)
+    # the same bf16 logits, the rest in fp32
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, head.weight)) for x in (fused, plain)), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() <= 0.01 * theirs.norm()  # both round the logits' gradient to bf16, 2^-9

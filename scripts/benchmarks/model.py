@@ -2,9 +2,7 @@
 
 import argparse
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -31,10 +29,8 @@ from .common import Record, device, interleaved_medians, machine
 
 PARTS = ("training", "experts", "dense", "loss", "decode")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_SIZES = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings "
-    "tie_word_embeddings rms_norm_eps"
-).split()
+SHARED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,12 +117,16 @@ def olmoe(config: BlueberryConfig, implementation: str) -> PreTrainedModel:
     return build(peer, implementation)
 
 
-def random_tokens(vocab_size: int, batch: tuple[int, int]) -> Tensor:
-    return torch.randint(0, vocab_size, batch, generator=torch.Generator().manual_seed(1)).to(device())
+def random_batches(vocab_size: int, batch: tuple[int, int]) -> Iterator[Tensor]:
+    """Token ids, other ones each time: the numbers of tokens that experts get differ from step to step."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randint(0, vocab_size, batch, generator=generator).to(device())
 
 
-def training_step(model: PreTrainedModel, ids: Tensor, dtype: str, **kwargs: bool) -> None:
-    """Forward and backward of one batch, with the gradients' memory taken anew as after `zero_grad`."""
+def training_step(model: PreTrainedModel, batches: Iterator[Tensor], dtype: str, **kwargs: bool) -> None:
+    """Forward and backward of the next batch, with the gradients' memory taken anew as after `zero_grad`."""
+    ids = next(batches)
     model.zero_grad(set_to_none=True)
     with torch.autocast(device().type, torch.bfloat16, enabled=dtype == "bf16"):
         output = model(input_ids=ids, labels=ids, use_cache=False, **kwargs)
@@ -170,20 +170,22 @@ def compare_training(
     setting: Record,
 ) -> Iterator[Record]:
     """One record for each model, and one with the distance to the limit. Blueberry trains as its Trainer does."""
-    ids = random_tokens(config.vocab_size, batch)
-    steps: dict[str, Callable] = {name: partial(training_step, model, ids, dtype) for name, model in models.items()}
-    steps["blueberry, logits kept"] = steps["blueberry"]
-    steps["blueberry"] = partial(training_step, models["blueberry"], ids, dtype, skip_logits=True)
+    tokens = batch[0] * batch[1]
+    contestants = models | {"blueberry, logits kept": models["blueberry"]}
+    steps: dict[str, Callable] = {}
+    for name, model in contestants.items():
+        options = {"skip_logits": True} if name == "blueberry" else {}
+        steps[name] = partial(training_step, model, random_batches(config.vocab_size, batch), dtype, **options)
     seconds = interleaved_medians(steps, repeats)
     fastest_peer = min(value for name, value in seconds.items() if not name.startswith("blueberry"))
     for name, value in seconds.items():
         yield setting | {"model": name, "step_ms": round(1000 * value, 1),
-                         "tokens_per_s": round(ids.numel() / value),
+                         "tokens_per_s": round(tokens / value),
                          "speed_over_fastest_peer": round(fastest_peer / value, 3)}  # fmt: skip
-    flops = ids.numel() * training_flops_per_token(config, batch[1])
+    flops = tokens * training_flops_per_token(config, batch[1])
     rate = gemm_rate(dtype)
     yield setting | {"limit": "products alone at the measured GEMM rate", "gflop": round(flops / 1e9, 1),
-                     "gflop_per_s": round(rate / 1e9, 1), "tokens_per_s": round(ids.numel() * rate / flops),
+                     "gflop_per_s": round(rate / 1e9, 1), "tokens_per_s": round(tokens * rate / flops),
                      "share_of_limit": round(flops / rate / seconds["blueberry"], 3)}  # fmt: skip
 
 
@@ -294,7 +296,7 @@ def loss_step(name: str, dtype: str) -> Callable[[], None]:
     head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device())
     nn.init.normal_(head.weight, std=config.initializer_range)
     hidden = torch.randn(4, 2048, config.hidden_size, device=device(), requires_grad=True)
-    labels = random_tokens(config.vocab_size, (4, 2048))
+    labels = next(random_batches(config.vocab_size, (4, 2048)))
 
     def step() -> None:
         hidden.grad = head.weight.grad = None
@@ -342,7 +344,7 @@ def decode(dtype: str, repeats: int) -> Iterator[Record]:
         models[f"Qwen3-MoE, {implementation}"] = qwen3_moe(config, implementation)
     models = {name: model.eval().to(DTYPES[dtype]) for name, model in models.items()}
     for batch in (1, 8):
-        ids, new = random_tokens(config.vocab_size, (batch, 64)), 64
+        ids, new = next(random_batches(config.vocab_size, (batch, 64))), 64
         steps = {name: partial(generate, model, ids, new) for name, model in models.items()}
         seconds = interleaved_medians(steps, repeats)
         fastest_peer = min(value for name, value in seconds.items() if name != "blueberry")
