@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blueberry.errors import UsageError
+from blueberry.training.hub_access import hub_or_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -160,6 +161,7 @@ def _load_hub(dataset: str, config: str | None, streaming: bool) -> dict:
         raise UsageError(f"{tried}; check the path")
     from datasets import load_dataset
 
+    hub_or_cache()
     try:
         return dict(load_dataset(dataset, config, streaming=streaming))
     except (OSError, ValueError) as error:  # not found, gated, offline, unreachable; unknown or missing config

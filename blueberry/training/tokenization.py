@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blueberry.errors import UsageError
+from blueberry.training.hub_access import hub_or_cache
 from blueberry.training.reading import is_local_path
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int | None) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the first 50 MB of `texts`, from the cache when the same texts were seen before.
 
     Args:
         texts: training documents.
         vocab_size: at most this many entries (257 or more).
-        max_positions: becomes `model_max_length`.
+        max_positions: becomes `model_max_length`; None for no limit.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -70,7 +71,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int) -
         bpe = train_bpe(head, vocab_size)
         _save_atomically(PreTrainedTokenizerFast(tokenizer_object=bpe, **special), folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.model_max_length = max_positions
+    if max_positions is not None:
+        tokenizer.model_max_length = max_positions
     return tokenizer
 
 
@@ -117,6 +119,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     folder = Path(name).expanduser()
     if is_local_path(name) and not folder.is_dir():
         raise UsageError(f"--tokenizer {name}: no such folder; check the path")
+    if not folder.is_dir():
+        hub_or_cache()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
     except (OSError, ValueError) as error:
