@@ -1,7 +1,7 @@
 """One logical TensorBoard log per run, in one fixed folder, that other callbacks may write into."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -55,11 +55,12 @@ class TensorBoardCallback(HFTensorBoardCallback):
             self.tb_writer = open_writer(self.logging_dir, state.global_step)
         return self.tb_writer
 
-    def add_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Show settings and final metrics in the HPARAMS tab, through the same writer (no second event file)."""
+    def add_hparams(self, settings: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """Show settings beside the last values of `metrics`, tags of logged scalars, in the HPARAMS tab.
+
+        Through the same writer: no second event file.
+        """
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        for summary in hparams(plain, dict(metrics)):
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):  # the tab reads the values from the scalars
             self.tb_writer.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self.tb_writer.add_scalar(name, value)
         self.tb_writer.flush()
