@@ -9,9 +9,15 @@ class UsageError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; a UsageError becomes one line on stderr and exit code 2, Ctrl-C one line and 130.
+
+    A KeyboardInterrupt may carry what to tell the user.
+    """
     try:
         main()
+    except KeyboardInterrupt as interrupt:
+        print(" ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        sys.exit(130)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

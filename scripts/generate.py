@@ -20,19 +20,35 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    if not arguments.prompt.strip():
+        raise UsageError("--prompt is empty: give the words to go on from")
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max_new_tokens {arguments.max_new_tokens} writes nothing: give a positive number")
+    from transformers import set_seed
 
     from blueberry.training.summary import sample
 
-    if Path(arguments.model).is_dir() and not (Path(arguments.model) / "config.json").is_file():
-        raise UsageError(f"--model {arguments.model} holds no config.json: name the folder of a finished run")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
-    except OSError as error:
-        raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())}") from error
+    model, tokenizer = load(arguments.model)
     set_seed(arguments.seed)
     print(sample(model, tokenizer, arguments.prompt, arguments.max_new_tokens))
+
+
+def load(name: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from blueberry.training.hub_access import hub_or_cache
+
+    folder = Path(name)
+    if not folder.is_dir():
+        hub_or_cache()
+    elif not (folder / "config.json").is_file():
+        raise UsageError(f"--model {name} holds no config.json: name the folder of a finished run")
+    elif not any(folder.glob("tokenizer*")):
+        raise UsageError(f"--model {name} has no tokenizer: it was trained on token ids, save one in the folder")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

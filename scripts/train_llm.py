@@ -9,6 +9,7 @@
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from blueberry.errors import UsageError, run_script
 
@@ -28,20 +29,29 @@ class TrackingArguments:
 
 
 def main() -> None:
-    from blueberry.training.cpu import keep_freed_memory, use_idle_cores
+    from blueberry.training.cpu import keep_freed_memory, use_idle_cores, warn_about_slow_bf16
     from blueberry.training.parser import BlueberryArgumentParser
-    from blueberry.training.run_folder import check_run_folder, describe, find_checkpoint
+    from blueberry.training.resuming import check_same_run, find_checkpoint, is_finished
+    from blueberry.training.run_folder import RunFolderCallback, check_run_folder, describe
 
     model_args, data_args, tracking_args, args = BlueberryArgumentParser(argument_groups()).parse()
     if args.device.type == "cpu":
         keep_freed_memory()
         use_idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if args.bf16:
+            warn_about_slow_bf16()
     checkpoint = find_checkpoint(args)
     check_run_folder(args, checkpoint)
     settings = describe(args, model_args, data_args, tracking_args)
-    trainer, data = set_up(model_args, data_args, tracking_args, args)
-    start_run_folder(trainer, settings, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    check_same_run(settings, checkpoint)
+    folder = RunFolderCallback(settings)
+    trainer, data = set_up(model_args, data_args, tracking_args, args, folder)
+    if is_finished(trainer, checkpoint):
+        if trainer.is_world_process_zero():
+            print(f"{args.output_dir} is finished: {checkpoint.name} of {trainer.planned_steps():,} steps; "
+                  "a larger --train_tokens goes on from there")  # fmt: skip
+        return
+    train(trainer, checkpoint, folder)
     finish(trainer, data, settings)
 
 
@@ -53,31 +63,34 @@ def argument_groups() -> list[type]:
     return [ModelArguments, DataArguments, TrackingArguments, BlueberryTrainingArguments]
 
 
-def set_up(model_args, data_args, tracking_args, args):
+def set_up(model_args, data_args, tracking_args, args, folder):
     """Everything that can fail on bad input, before anything is written: model, data, trainer."""
     from transformers import set_seed
 
     from blueberry.training.data import prepare_data
-    from blueberry.training.model import build_model, load_config
+    from blueberry.training.model import build_model, load_config, positions
 
     if data_args.streaming and args.max_steps <= 0 and args.train_tokens is None:
         raise UsageError("--streaming has no known length: give --train_tokens or --max_steps")
     config = load_config(model_args)
     with args.main_process_first():
-        data = prepare_data(data_args, vocab_size=config.vocab_size, max_positions=config.max_position_embeddings)
+        vocab_size = config.get_text_config().vocab_size
+        data = prepare_data(data_args, vocab_size=vocab_size, max_positions=positions(config))
     if args.process_index == 0:
         print(data.description)
     if data_args.streaming:
-        data.train = data.train.shuffle(seed=args.data_seed or args.seed, buffer_size=STREAM_SHUFFLE_BUFFER)
+        # Endless: a run of several passes is one epoch to Trainer, which finds its place in one when it resumes.
+        seed = args.seed if args.data_seed is None else args.data_seed
+        data.train = data.train.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_BUFFER).repeat(None)
     if data.tokenizer is not None:
         config.bos_token_id = config.eos_token_id = data.tokenizer.eos_token_id
         config.pad_token_id = data.tokenizer.pad_token_id
     set_seed(args.seed)
     model = build_model(config)
-    return make_trainer(model, data, tracking_args, args), data
+    return make_trainer(model, data, args, [folder, *make_callbacks(model, tracking_args, args)]), data
 
 
-def make_trainer(model, data, tracking_args, args):
+def make_trainer(model, data, args, callbacks):
     from blueberry import BlueberryTrainer
     from blueberry.training.evaluation import compute_metrics, preprocess_logits_for_metrics
 
@@ -89,7 +102,7 @@ def make_trainer(model, data, tracking_args, args):
         processing_class=data.tokenizer,
         compute_metrics=partial(compute_metrics, bytes_per_token=data.bytes_per_token),
         preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        callbacks=make_callbacks(model, tracking_args, args),
+        callbacks=callbacks,
     )
 
 
@@ -114,19 +127,24 @@ def make_callbacks(model, tracking_args, args) -> list:
     return callbacks
 
 
-def start_run_folder(trainer, settings, checkpoint) -> None:
-    """The first write of a run: its config and the audit of its optimizer."""
-    from blueberry.training.run_folder import AUDIT, clear_run_folder, write_config, write_json
+def train(trainer, checkpoint, folder) -> None:
+    """Train; a start that fails leaves nothing behind, and Ctrl-C says how to go on."""
+    from blueberry.training.resuming import how_to_go_on
 
-    if trainer.is_world_process_zero():
-        clear_run_folder(trainer.args, checkpoint)
-        write_config(trainer.args.output_dir, settings)
-        write_json(trainer.args.output_dir, AUDIT, trainer.create_optimizer().audit())
-    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except KeyboardInterrupt as interrupt:
+        folder.undo(trainer.args, trainer.state)
+        raise KeyboardInterrupt(how_to_go_on(trainer)) from interrupt
+    except Exception:
+        folder.undo(trainer.args, trainer.state)
+        raise
 
 
 def finish(trainer, data, settings) -> None:
     """Evaluate, save, and say where things are."""
+    from transformers.integrations.integration_utils import rewrite_logs
+
     from blueberry.training.run_folder import EVAL_RESULTS, write_json
     from blueberry.training.summary import final_metrics, print_summary, sample
     from trainer_callbacks import TensorBoardCallback
@@ -135,11 +153,14 @@ def finish(trainer, data, settings) -> None:
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    write_json(trainer.args.output_dir, EVAL_RESULTS, metrics)
-    trainer.state.save_to_json(f"{trainer.args.output_dir}/trainer_state.json")
+    folder = Path(trainer.args.output_dir)
+    write_json(folder / EVAL_RESULTS, metrics)
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
     board = trainer.pop_callback(TensorBoardCallback)
     if board is not None:
-        board.add_hparams(settings, metrics)
+        writer = board.writer(trainer.args, trainer.state)
+        writer.add_scalar("eval/unigram_loss", data.unigram_loss, trainer.state.global_step)
+        board.add_hparams(settings, rewrite_logs(metrics))
     print_summary(trainer, data, metrics)
     if data.tokenizer is not None:
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")

@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small here: threads
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+RUN = ["--train_tokens", 8192, "--per_device_train_batch_size", 8, "--muon_lr", 0.01, "--logging_steps", 4,
+       "--save_steps", 16, "--use_cpu", "true", "--max_validation_tokens", 2048]  # fmt: skip
 SMALL_MODEL = {
     "model_type": "blueberry",
     "vocab_size": 300,
@@ -48,17 +50,30 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def arguments(small_corpus: Path, small_config: Path) -> list:
+    """Of scripts/train_llm.py: 32 steps of 8 x 32 tokens in half a second, checkpoints at 16 and 32."""
+    return ["--dataset", small_corpus, "--validation_fraction", 0.2, "--config_name", small_config, *RUN]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["BLUEBERRY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`script("train_llm.py", "--preset", "tiny")` runs a script of scripts/ in this process."""
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., None]:
+    """`run_script("train_llm.py", "--preset", "tiny")` runs a script of scripts/ in this process."""
 
     def run(name: str, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *map(str, arguments)])
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
     return run
+
+
+@pytest.fixture
+def script(run_script: Callable[..., None]) -> Callable[..., None]:
+    """`run_script`, for tests."""
+    return run_script

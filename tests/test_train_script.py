@@ -1,26 +1,27 @@
 """scripts/train_llm.py end to end at toy size: what it writes, what it refuses, how it resumes."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, RUN
 from safetensors.torch import load_file
 
-RUN = ["--train_tokens", 8192, "--per_device_train_batch_size", 8, "--muon_lr", 0.01, "--logging_steps", 4,
-       "--save_steps", 16, "--use_cpu", "true", "--max_validation_tokens", 2048]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def arguments(small_corpus: Path, small_config: Path) -> list:
-    return ["--dataset", small_corpus, "--validation_fraction", 0.2, "--config_name", small_config, *RUN]
+from blueberry import BlueberryTrainer, BlueberryTrainingArguments
+from blueberry.training import run_folder
+from blueberry.training.cpu import warn_about_slow_bf16
+from blueberry.training.data import DataArguments
+from blueberry.training.model import ModelArguments
+from blueberry.training.parser import BlueberryArgumentParser
 
 
 @pytest.fixture(scope="module")
@@ -121,22 +122,6 @@ def rows_of(run: Path) -> pd.DataFrame:
     return pd.read_parquet(run / "spectral_log").sort_values(keys).reset_index(drop=True)
 
 
-def test_a_resumed_run_ends_with_the_same_weights_and_the_same_spectral_log(arguments, script, tmp_path):
-    """Bit-identical on CPU in float32, experts included; the log has neither gaps nor duplicates."""
-    tracked = [*arguments, "--track_manifold", "true", "--track_every_n_steps", 8]
-    script("train_llm.py", *tracked, "--output_dir", tmp_path / "straight")
-    script("train_llm.py", *tracked, "--output_dir", tmp_path / "resumed")
-    for path in (tmp_path / "resumed").glob("model.safetensors"):
-        path.unlink()
-    script("train_llm.py", *tracked, "--output_dir", tmp_path / "resumed",
-           "--resume_from_checkpoint", tmp_path / "resumed/checkpoint-16")  # fmt: skip
-    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed"))
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    pd.testing.assert_frame_equal(rows_of(tmp_path / "straight"), rows_of(tmp_path / "resumed"))
-    assert sorted(rows_of(tmp_path / "resumed").step.unique()) == [0, 8, 16, 24, 32]
-
-
 def test_two_processes_train_one_model(arguments, tmp_path):
     folder = tmp_path / "two"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
@@ -162,6 +147,18 @@ BAD_INPUT = {
     "unknown optimizer": (["--optimizer", "sgd"], "--optimizer sgd is unknown: use one of muon, adamw"),
     "unknown argument": (["--muon_learning_rate", 0.1], "unknown argument --muon_learning_rate"),
     "missing data": (["--dataset", "no/such/file.txt"], "no/such/file.txt"),
+    "short for another": (["--train_tok", 100], "unknown argument --train_tok: did you mean --train_tokens"),
+    "unknown tracker": (["--report_to", "tensorbord"], "--report_to tensorbord is unknown: choose none or"),
+    "missing tracker": (["--report_to", "clearml"], "--report_to clearml is not installed: choose none or"),
+    "beta above 1": (["--adam_beta2", 1.5], "--adam_beta2 1.5: must be at least 0 and below 1"),
+    "negative seed": (["--seed", -1], "--seed -1: must be at least 0"),
+    "no batch": (["--per_device_train_batch_size", 0], "--per_device_train_batch_size 0: must be at least 1"),
+    "no accumulation": (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps 0: must be"),
+    "rate that is no number": (["--muon_lr", "nan"], "--muon_lr nan: must be a finite number"),
+    "infinite rate": (["--adamw_lr", "inf"], "--adamw_lr inf: must be a finite number"),
+    "no steps": (["--max_steps", 0], "--max_steps 0: must be at least 1"),
+    "no Hub token": (["--push_to_hub", "true"], "--push_to_hub true needs a Hub token"),
+    "no Hub": (["--push_to_hub", "true", "--hub_token", "hf_x"], "--push_to_hub true needs the Hub, which cannot"),
     "not a number": (["--muon_lr", "fast"], "invalid float value: 'fast'"),
     "small vocabulary": (["--vocab_size", 100], "100"),
     "long windows": (["--preset", "tiny", "--max_length", 4096], "--max_length 4096"),
@@ -195,6 +192,7 @@ def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(case, script, sma
         ({"num_expert": 9}, "unknown key 'num_expert'"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"model_type": "bert"}, "BertLMHeadModel sees later tokens"),
+        ({"model_type": "t5"}, "model_type 't5' is an encoder-decoder: name a decoder"),
         ({"model_type": "vit"}, "'vit' has no causal language model"),
     ],
 )
@@ -260,15 +258,90 @@ def test_a_stream_of_documents_trains_for_the_tokens_asked_for(small_corpus, sma
     assert state["global_step"] == 4  # 1000 tokens in steps of 8 x 32
 
 
-@pytest.mark.parametrize("resume", ["false", "another run", "the model folder"])
-def test_resuming_never_overwrites_a_run_it_does_not_continue(resume, finished, arguments, script, tmp_path, capsys):
-    other = tmp_path / "other"
-    script("train_llm.py", *arguments, "--train_tokens", 512, "--output_dir", other)
-    value = {"false": "false", "another run": finished / "checkpoint-32", "the model folder": other}[resume]
-    before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+def test_a_model_without_positions_trains_on_windows_of_the_length_asked_for(small_corpus, script, tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    (tmp_path / "mamba.json").write_text(json.dumps({"model_type": "mamba", **sizes}))
+    script("train_llm.py", "--dataset", small_corpus, "--config_name", tmp_path / "mamba.json", *RUN, "--train_tokens",
+           256, "--max_length", 16, "--output_dir", tmp_path / "run")  # fmt: skip
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2  # of 8 x 16 tokens
+
+
+def test_a_start_that_fails_in_its_first_step_does_not_stand_in_the_way_of_the_next(
+    arguments, script, tmp_path, monkeypatch
+):
+    given = [*arguments, "--train_tokens", 512, "--track_manifold", "true", "--output_dir", tmp_path]
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(BlueberryTrainer, "training_step", mock.Mock(side_effect=RuntimeError("out of memory")))
+        script("train_llm.py", *given)
+    assert not list(tmp_path.iterdir())
+    script("train_llm.py", *given)
+
+
+def test_the_length_on_the_command_line_replaces_that_of_the_config_file(arguments, script, tmp_path):
+    file = {"train_tokens": 8192, "per_device_train_batch_size": 8, "preset": "blueberry-88m"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(file))
+    rest = [a for i, a in enumerate(arguments) if "--train_tokens" not in (a, arguments[i - 1])]
+    script("train_llm.py", "--config", tmp_path / "config.yaml", *rest, "--max_steps", 2, "--output_dir",
+           tmp_path / "run")  # fmt: skip
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_the_config_file_names_every_argument_that_another_version_may_default_otherwise(finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    fields = [f for group in (DataArguments, BlueberryTrainingArguments) for f in dataclasses.fields(group)]
+    defaults = {f.name for f in fields if f.default not in (None, "", dataclasses.MISSING)}
+    assert defaults - config.keys() - run_folder._LEFT_OUT == {"max_steps"}  # train_tokens says it
+    assert config["seed"] == 42 and config["adam_beta2"] == 0.95
+    assert not {"output_dir", "hub_token", "logging_dir"} & config.keys()
+
+
+def test_the_preset_by_default_is_named_in_the_config_file():
+    training = BlueberryTrainingArguments(use_cpu=True)
+    assert run_folder.describe(training, ModelArguments())["preset"] == "tiny"
+
+
+def test_arguments_read_back_from_the_config_file_describe_the_same_run(tmp_path):
+    groups = [ModelArguments, DataArguments, BlueberryTrainingArguments]
+    line = ("--use_cpu true --preset tiny --dataset a.txt --max_steps 7 --bf16 true --torch_compile true "
+            "--lr_scheduler_type warmup_stable_decay --lr_scheduler_kwargs {\"num_decay_steps\":3} --report_to none "
+            "--warmup_steps 0.1 --save_strategy no --optimizer adamw --learning_rate 0.003")  # fmt: skip
+    first = BlueberryArgumentParser(groups).parse(line.split())
+    settings = run_folder.describe(first[2], *first[:2])
+    run_folder.write_yaml(tmp_path / "config.yaml", settings)
+    again = BlueberryArgumentParser(groups).parse(["--config", str(tmp_path / "config.yaml")])
+    assert run_folder.describe(again[2], *again[:2]) == settings
+    assert again[2].adamw_lr == 0.003 and again[2].lr_scheduler_kwargs == {"num_decay_steps": 3}
+
+
+def test_bf16_without_hardware_is_one_line_of_warning(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    warn_about_slow_bf16()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    warn_about_slow_bf16()
+    assert re.fullmatch("warning: --bf16 true .* slower than fp32.*\n", capsys.readouterr().err)
+
+
+GENERATE = {
+    "no prompt": (["--prompt", " "], "--prompt is empty"),
+    "no tokens": (["--max_new_tokens", 0], "--max_new_tokens 0 writes nothing"),
+    "no model": (["--model", "someone/nothing"], "--model someone/nothing: "),
+}
+
+
+@pytest.mark.parametrize("case", GENERATE)
+def test_what_cannot_be_generated_is_one_line(case, finished, script, capsys):
+    given, message = GENERATE[case]
     with pytest.raises(SystemExit) as stop:
-        script("train_llm.py", *arguments, "--output_dir", other, "--resume_from_checkpoint", value)
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2
-    assert ("is no checkpoint folder" if resume == "the model folder" else "already holds a run") in message
-    assert before == {path: path.stat().st_mtime_ns for path in other.rglob("*")}
+        script("generate.py", "--model", finished, *given)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+
+
+def test_a_model_without_a_tokenizer_is_one_line(finished, script, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(finished / name)
+    with pytest.raises(SystemExit) as stop:
+        script("generate.py", "--model", tmp_path)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and "has no tokenizer" in error[0]

@@ -1,16 +1,37 @@
 """What a user can set about a training run, and the mapping of TrainingArguments onto the hybrid optimizer."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
+from huggingface_hub import get_token
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from ..errors import UsageError
 from ..optim.build import OPTIMIZERS
 from ..optim.muon import SCALE_MODES
+from .hub_access import hub_is_reachable
 
+# Names, what is accepted (None passes), and how to say it.
+_NUMBERS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+      "eval_accumulation_steps"), lambda value: value >= 1, "at least 1"),
+    (("muon_lr", "adamw_lr", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps",
+      "dataloader_num_workers", "eval_delay"), lambda value: 0 <= value < inf, "a finite number of at least 0"),
+    (("muon_momentum", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (("adam_epsilon", "num_train_epochs"), lambda value: 0 < value < inf, "a finite number above 0"),
+    (("seed", "data_seed"), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    (("max_steps",), lambda value: value == -1 or value >= 1, "at least 1 (or -1: not set)"),
+)  # fmt: skip
 _ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+def default_output_dir(run_name: str | None, optimizer: str | None) -> str:
+    """Where a run goes that was told no `output_dir`."""
+    return os.path.join("results", run_name or f"blueberry-{optimizer or 'muon'}")
 
 
 @dataclass
@@ -68,12 +89,14 @@ class BlueberryTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_optimizer()
+        self._check_numbers()
         self._map_learning_rate()
         self._check_budget()
         if self.output_dir is None:
-            self.output_dir = os.path.join("results", self.run_name or f"blueberry-{self.optimizer}")
+            self.output_dir = default_output_dir(self.run_name, self.optimizer)
         super().__post_init__()
         self._check_processes()
+        self._check_services()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         if self.optim not in _ADAMW_NAMES:
             raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon or adamw")
@@ -86,12 +109,26 @@ class BlueberryTrainingArguments(TrainingArguments):
         for name in ("optim_args", "optim_target_modules"):
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name} {getattr(self, name)} has no effect on the hybrid optimizer: remove it")
-        for name in ("muon_lr", "adamw_lr", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UsageError(f"--{name} {value} is negative: learning rates are at least 0")
-        if not 0 <= self.muon_momentum < 1:
-            raise UsageError(f"--muon_momentum {self.muon_momentum} is outside [0, 1): try 0.95")
+
+    def _check_numbers(self) -> None:
+        """Values that would fail, or silently do nothing, only once data and model are there."""
+        for names, is_good, rule in _NUMBERS:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_good(value):
+                    raise UsageError(f"--{name} {value}: must be {rule}")
+
+    def _check_services(self) -> None:
+        """Trackers that are not installed, and a Hub that would refuse the first push."""
+        installed = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in installed:
+                has = "is not installed" if name in INTEGRATION_TO_CALLBACK else "is unknown"
+                raise UsageError(f"--report_to {name} {has}: choose none or from {', '.join(installed)}")
+        if self.push_to_hub and (self.hub_token or get_token()) is None:
+            raise UsageError("--push_to_hub true needs a Hub token: run `hf auth login`, or set HF_TOKEN")
+        if self.push_to_hub and not hub_is_reachable():
+            raise UsageError("--push_to_hub true needs the Hub, which cannot be reached: leave it out, push later")
 
     def _map_learning_rate(self) -> None:
         if self.learning_rate is not None and self.learning_rate != self.adamw_lr:

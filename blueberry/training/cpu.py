@@ -34,3 +34,13 @@ def use_idle_cores(processes: int) -> None:
     if launched_by_accelerate and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         torch.set_num_threads(max(1, cores // processes))
+
+
+def warn_about_slow_bf16() -> None:
+    """One line where bf16 has no hardware: matrix products then take longer than in fp32, not half the time."""
+    features = torch.cpu.get_capabilities()
+    if not any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        print(
+            "warning: --bf16 true on a CPU without bf16 instructions is slower than fp32; leave it out",
+            file=sys.stderr,
+        )

@@ -121,7 +121,7 @@ class PreparedData:
         )
 
 
-def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int) -> PreparedData:
+def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int | None) -> PreparedData:
     """Read, split, tokenize and pack. Quick the second time: tokenizer and windows are cached by content.
 
     With several processes the caller wraps it in `with training_args.main_process_first():` so that one process works
@@ -130,7 +130,7 @@ def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int) ->
     Args:
         args: what to read and how.
         vocab_size: rows of the model's embedding.
-        max_positions: the model's `max_position_embeddings`.
+        max_positions: the model's `max_position_embeddings`; None for a model without positions.
 
     Raises:
         UsageError: bad arguments or data, see `reading`, `splitting`, `tokenization`, `packing`.
@@ -162,20 +162,22 @@ def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int) ->
     )
 
 
-def _check_arguments(args: DataArguments, max_positions: int) -> None:
+def _check_arguments(args: DataArguments, max_positions: int | None) -> None:
     """What can be refused before anything is read."""
     if not 0 < args.validation_fraction < 1:
         raise UsageError(f"--validation_fraction {args.validation_fraction}: must lie between 0 and 1, as 0.05 does")
-    if args.max_length is not None and not 2 <= args.max_length <= max_positions:
-        raise UsageError(
-            f"--max_length {args.max_length}: must lie between 2 and the model's {max_positions} positions"
+    longest = math.inf if max_positions is None else max_positions
+    if args.max_length is not None and not 2 <= args.max_length <= longest:
+        limit = (
+            "be at least 2" if max_positions is None else f"lie between 2 and the model's {max_positions} positions"
         )
+        raise UsageError(f"--max_length {args.max_length}: must {limit}")
     if args.max_validation_tokens < 2:
         raise UsageError(f"--max_validation_tokens {args.max_validation_tokens}: must be at least one window")
 
 
 def _make_tokenizer(
-    args: DataArguments, corpus: Corpus, split: Split, vocab_size: int, max_positions: int
+    args: DataArguments, corpus: Corpus, split: Split, vocab_size: int, max_positions: int | None
 ) -> PreTrainedTokenizerFast | None:
     """The tokenizer asked for, else one trained on the training documents; none for tokenized data."""
     if args.tokenizer is not None:
@@ -188,11 +190,10 @@ def _make_tokenizer(
     return tokenizer
 
 
-def _default_length(corpus: Corpus, split: Split, max_positions: int) -> int:
+def _default_length(corpus: Corpus, split: Split, max_positions: int | None) -> int:
     """The longest (validation) row of tokenized data that fits, else the model's positions up to LONGEST_DEFAULT."""
-    if corpus.tokenized:
-        return min(max(len(row) for row in split.validation["input_ids"]), max_positions)
-    return min(max_positions, LONGEST_DEFAULT)
+    wanted = max(len(row) for row in split.validation["input_ids"]) if corpus.tokenized else LONGEST_DEFAULT
+    return wanted if max_positions is None else min(wanted, max_positions)
 
 
 def _pack_train(split: Split, encoder: Encoder, max_length: int) -> Dataset | IterableDataset:

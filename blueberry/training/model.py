@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..configuration_blueberry import PRESETS, BlueberryConfig
 from ..errors import UsageError
+from .hub_access import hub_or_cache
 
 
 @dataclass
@@ -24,22 +25,36 @@ class ModelArguments:
     )
     vocab_size: int | None = field(default=None, metadata={"help": "Replaces the vocabulary size of the config."})
 
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.config_name is not None:
+            raise UsageError(f"--preset {self.preset} and --config_name {self.config_name}: give one of them")
+        if self.config_name is None and self.preset is None:
+            self.preset = "tiny"
+
 
 def load_config(args: ModelArguments) -> PreTrainedConfig:
     """The model's configuration. Raises UsageError for unknown presets, files and keys."""
-    if args.preset is not None and args.config_name is not None:
-        raise UsageError(f"--preset {args.preset} and --config_name {args.config_name}: give one of them")
     overrides = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     try:
         if args.config_name is None:
-            return BlueberryConfig.from_preset(args.preset or "tiny", **overrides)
+            return BlueberryConfig.from_preset(args.preset, **overrides)
         _check_keys(Path(args.config_name))
-        return AutoConfig.from_pretrained(args.config_name, **overrides)
+        if not Path(args.config_name).exists():
+            hub_or_cache()
+        config = AutoConfig.from_pretrained(args.config_name, **overrides)
     except UsageError:
         raise
     except (ValueError, OSError, StrictDataclassError) as error:
         source = f"--preset {args.preset}" if args.config_name is None else f"--config_name {args.config_name}"
         raise UsageError(f"{source}: {' '.join(str(error).split())}") from error
+    if config.is_encoder_decoder:
+        raise UsageError(f"model_type {config.model_type!r} is an encoder-decoder: name a decoder, as llama is")
+    return config
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that the model has positions for; None where it knows no positions (Mamba)."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_keys(path: Path) -> None:

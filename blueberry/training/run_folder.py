@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UsageError
 from .arguments import BlueberryTrainingArguments
@@ -17,12 +17,13 @@ from .arguments import BlueberryTrainingArguments
 CONFIG = "config.yaml"
 EVAL_RESULTS = "eval_results.json"
 AUDIT = "optimizer_audit.json"
-# Secrets, what belongs to one start of a run or one process only, and what TrainingArguments derives by itself.
+# Secrets, what belongs to one start of a run, one place or one process, and what TrainingArguments derives by itself.
 _LEFT_OUT = {
-    "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "local_rank", "learning_rate", "run_name",
-    "include_num_input_tokens_seen", "accelerator_config", "disable_tqdm", "optim", "do_eval",
-    "dataloader_pin_memory",
+    "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "run_name", "local_rank",
+    "learning_rate", "include_num_input_tokens_seen", "accelerator_config", "disable_tqdm", "optim", "do_train",
+    "do_eval", "do_predict", "dataloader_pin_memory",
 }  # fmt: skip
+_EMPTY = (None, "", [], {}, dataclasses.MISSING)
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
     CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", "runs", "spectral_log", "checkpoint-*", "config.json",
@@ -32,11 +33,7 @@ _CONTENTS = (
 )  # fmt: skip
 
 
-# What resuming needs besides the weights; a folder without them would restart optimizer and schedule silently.
-_CHECKPOINT = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-
-
-def check_run_folder(args: BlueberryTrainingArguments, checkpoint: str | None) -> None:
+def check_run_folder(args: BlueberryTrainingArguments, checkpoint: Path | None) -> None:
     """Refuse to write over an earlier run or into a folder that is something else.
 
     A run goes on in its own folder only: `checkpoint`, if there is one, must lie in it.
@@ -46,7 +43,7 @@ def check_run_folder(args: BlueberryTrainingArguments, checkpoint: str | None) -
         raise UsageError(f"--output_dir {folder} is a file: name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
+    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
         return
     if not (folder / CONFIG).is_file():
         raise UsageError(f"--output_dir {folder} holds files that are no run of Blueberry: name another folder")
@@ -57,50 +54,64 @@ def check_run_folder(args: BlueberryTrainingArguments, checkpoint: str | None) -
         )
 
 
-def clear_run_folder(args: BlueberryTrainingArguments, checkpoint: str | None) -> None:
-    """Delete the earlier run that `overwrite_output_dir` gives up; files that no run writes stay."""
-    folder = Path(args.output_dir)
-    if checkpoint is not None or not args.overwrite_output_dir:
-        return
+def clear_run_folder(folder: str | Path) -> None:
+    """Delete the run in `folder`; files that no run writes stay."""
     for pattern in _CONTENTS:
-        for path in folder.glob(pattern):
+        for path in Path(folder).glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def find_checkpoint(args: BlueberryTrainingArguments) -> str | None:
-    """The checkpoint to resume from: a folder, or the newest of the run for `--resume_from_checkpoint` alone."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() in ("true", "last"):
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if checkpoint is None:
-            raise UsageError(
-                f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint; train without it first"
-            )
-        return checkpoint
-    missing = [name for name in _CHECKPOINT if not (Path(wanted) / name).is_file()]
-    if missing:
-        raise UsageError(f"--resume_from_checkpoint {wanted} is no checkpoint folder (it has no {missing[0]})")
-    return str(wanted)
+class RunFolderCallback(TrainerCallback):
+    """Makes the first write of a run, once everything that can fail on bad input has succeeded: its `config.yaml`.
+
+    The first callback, so that others write into a folder of this run. When an exception ends a new run before its
+    first step, `undo` leaves the folder empty for the corrected command.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.settings = settings
+        self._started_at: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give up the earlier run if told so, and describe this one."""
+        self._started_at = state.global_step
+        if state.is_world_process_zero:
+            if args.overwrite_output_dir:
+                clear_run_folder(args.output_dir)
+            (Path(args.output_dir) / EVAL_RESULTS).unlink(missing_ok=True)  # of a run that is now given more steps
+            write_yaml(Path(args.output_dir) / CONFIG, self.settings)
+
+    def undo(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Delete what a new run wrote, if it did not take a step."""
+        if self._started_at == 0 == state.global_step and state.is_world_process_zero:
+            clear_run_folder(args.output_dir)
 
 
 def describe(training: BlueberryTrainingArguments, *groups: Any) -> dict[str, Any]:
-    """The arguments of a run as a flat mapping that `--config` reads back.
+    """The arguments of a run as a flat mapping that `--config` reads back: all of them, defaults too, so that another
+    version with other defaults makes the same run.
 
-    `groups` (data, model) in full; of the training arguments Blueberry's own and those that differ from the defaults.
-    Take it before the Trainer derives anything from them.
+    `groups` (model, data, tracking) first. What is empty by default is left out while empty, and so are secrets and
+    what belongs to the machine. Take it before the Trainer derives anything from the arguments.
     """
-    settings = {item.name: getattr(group, item.name) for group in groups for item in dataclasses.fields(group)}
     own = BlueberryTrainingArguments.__annotations__
-    for item in dataclasses.fields(training):
-        value = getattr(training, item.name)
-        changed = value != item.default and value not in ([], {}, "", None)
-        if item.name not in _LEFT_OUT and (item.name in own or changed):
-            settings[item.name] = value
+    last = sorted(dataclasses.fields(training), key=lambda item: item.name not in own)  # Blueberry's own first
+    items = [(group, item) for group in groups for item in dataclasses.fields(group)]
+    settings = {}
+    for group, item in items + [(training, item) for item in last]:
+        value = getattr(group, item.name)
+        if item.name not in _LEFT_OUT and not (value in _EMPTY and item.default in _EMPTY):
+            settings[item.name] = _plain(value)
+    return {name: value for name, value in settings.items() if name not in _idle_lengths(training)}
+
+
+def _idle_lengths(training: BlueberryTrainingArguments) -> set[str]:
+    """The arguments for the length of training that do not set it."""
     if training.train_tokens is not None:
-        settings.pop("num_train_epochs", None)
-    return {name: _plain(value) for name, value in settings.items() if value is not None}
+        return {"max_steps", "num_train_epochs"}
+    return {"num_train_epochs"} if training.max_steps > 0 else {"max_steps"}
 
 
 def _plain(value: Any) -> Any:
@@ -114,15 +125,31 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def write_config(folder: str | Path, settings: Mapping[str, Any]) -> None:
-    """`config.yaml`: everything needed to run it again."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping of argument names to values. UsageError in one line when it is none."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} must map argument names to values")
+    return values
 
 
-def write_json(folder: str | Path, name: str, content: Any) -> None:
+def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` in its order, atomically."""
+    _write(path, yaml.safe_dump(dict(content), sort_keys=False))
+
+
+def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    temporary = Path(folder) / f".{name}"
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(Path(folder) / name)
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,18 @@ class AuditCallback(TrainerCallback):
 def _save_audit(folder: str, optimizer: ComposedOptimizer) -> None:
     """`optimizer_audit.json` for programs and `optimizer_audit.md` for people."""
     rows = optimizer.audit()
-    write_json(folder, AUDIT, rows)
+    write_json(Path(folder) / AUDIT, rows)
     (Path(folder) / AUDIT).with_suffix(".md").write_text(format_audit(rows))
+
+
+@contextmanager
+def _explained(checkpoint: str | None) -> Iterator[None]:
+    """A checkpoint of another model or optimizer in one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"checkpoint {checkpoint} does not fit this model and optimizer: {reason}") from error
 
 
 def tokens_per_step(args: TrainingArguments, train_dataset: Dataset | None) -> int:
@@ -99,6 +111,12 @@ class BlueberryTrainer(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, **named)
         self._clock, self._tokens_at_clock = time.perf_counter(), 0
         self.add_callback(AuditCallback)
+
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole run, counted from its start."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The optimizer, built unless there is one; UsageError if it misses a trainable parameter."""
@@ -164,7 +182,31 @@ class BlueberryTrainer(Trainer):
         self._clock, self._tokens_at_clock = now, tokens
         return speed
 
+    def _init_training_state(self, max_steps: int, *positional: Any) -> tuple[int, int]:
+        """Trainer's, which takes the steps between logs, evaluations and checkpoints from the checkpoint: shares of
+        another length, if this run is given another one."""
+        position = super()._init_training_state(max_steps, *positional)
+        self.state.compute_steps(self.args, max_steps)
+        return position
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *positional: Any) -> None:
+        with _explained(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *positional)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _explained(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Every weight must come from the checkpoint; a tied one does under its other name."""
+        differing = {*load_result.missing_keys, *load_result.unexpected_keys} - self.model.all_tied_weights_keys.keys()
+        if differing:
+            raise RuntimeError(f"{sorted(differing)[0]} is in one of them only")
+
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step: Trainer would take one more
+            self.control.should_training_stop = True
+            return
         self._clock, self._tokens_at_clock = time.perf_counter(), self.state.num_input_tokens_seen
         super()._run_epoch(*positional, **named)
 

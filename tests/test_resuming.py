@@ -1,0 +1,255 @@
+"""A run that goes on: from where, with which arguments, to what end; nothing of it is lost when it cannot."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from blueberry import BlueberryTrainer
+from blueberry.training.checkpoints import flaw
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list, tmp_path_factory: pytest.TempPathFactory, run_script: Callable) -> Path:
+    """A run of 32 steps with tracked spectra and checkpoints at 16 and 32."""
+    folder = tmp_path_factory.mktemp("resuming") / "run"
+    run_script("train_llm.py", *arguments, "--track_manifold", "true", "--track_every_n_steps", 8, "--eval_steps", 0.5,
+               "--output_dir", folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def interrupted(run: Path) -> Path:
+    """A copy as it was after step 16."""
+    shutil.rmtree(run / "checkpoint-32")
+    for name in ("eval_results.json", "model.safetensors", "trainer_state.json"):
+        (run / name).unlink()
+    return run
+
+
+def state_of(run: Path) -> dict:
+    return json.loads((run / "trainer_state.json").read_text())
+
+
+def config_of(run: Path) -> dict:
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def rows_of(run: Path) -> pd.DataFrame:
+    keys = ["step", "parameter", "expert"]
+    return pd.read_parquet(run / "spectral_log").sort_values(keys).reset_index(drop=True)
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    ours, theirs = weights_of(ours), weights_of(theirs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def snapshot(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refusal(script: Callable, capsys: pytest.CaptureFixture, *given: object) -> str:
+    """The one line with which the script refuses."""
+    with pytest.raises(SystemExit) as stop:
+        script("train_llm.py", *given)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize("named", ["the run", "the checkpoint"])
+def test_a_resumed_run_needs_no_other_argument_and_ends_as_an_uninterrupted_one(named, finished, interrupted, script):
+    """Bit-identical on CPU in float32, experts included; the log has neither gaps nor duplicates."""
+    which = {"the run": ["--output_dir", interrupted, "--resume_from_checkpoint"],
+             "the checkpoint": ["--resume_from_checkpoint", interrupted / "checkpoint-16"]}[named]  # fmt: skip
+    script("train_llm.py", *which)
+    assert_same_weights(interrupted, finished)
+    pd.testing.assert_frame_equal(rows_of(interrupted), rows_of(finished))
+    assert sorted(rows_of(interrupted).step.unique()) == [0, 8, 16, 24, 32]
+    assert config_of(interrupted) == config_of(finished)
+
+
+def test_a_run_can_be_given_more_steps_and_keeps_its_ratios(finished, run, script):
+    """Evaluations at shares of the new length, not at the steps that were shares of the old one."""
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint", "--train_tokens", 16384)
+    state = state_of(run)
+    assert state["global_step"] == state["max_steps"] == 64
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [16, 32, 64]
+    assert config_of(run)["train_tokens"] == 16384
+
+
+def test_a_finished_run_is_said_to_be_finished_and_left_alone(run, script, capsys):
+    before = snapshot(run)
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    assert "is finished: checkpoint-32 of 32 steps" in capsys.readouterr().out
+    assert snapshot(run) == before
+
+
+def test_a_run_stopped_between_its_last_step_and_its_results_gets_them_without_another_step(finished, run, script):
+    for name in ("eval_results.json", "model.safetensors"):
+        (run / name).unlink()
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    assert state_of(run)["global_step"] == 32
+    assert_same_weights(run, finished)
+    ours, theirs = (json.loads((folder / "eval_results.json").read_text()) for folder in (run, finished))
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
+
+
+BREAKAGES = {
+    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half the weights": lambda folder: cut(folder / "model.safetensors"),
+    "half the optimizer": lambda folder: cut(folder / "optimizer.pt"),
+    "half the state": lambda folder: cut(folder / "trainer_state.json"),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_checkpoint_that_is_not_whole_is_known_by_its_files(breakage, run):
+    assert flaw(run / "checkpoint-32") is None
+    BREAKAGES[breakage](run / "checkpoint-32")
+    assert flaw(run / "checkpoint-32") is not None
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model_fsdp_0", "global_step32"])
+def test_checkpoints_of_sharded_engines_are_not_passed_over(weights, tmp_path):
+    for folder in (weights, "optimizer_0"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "trainer_state.json").write_text("{}")
+    torch.save({}, tmp_path / "scheduler.pt")
+    assert flaw(tmp_path) is None
+
+
+def test_resuming_passes_over_a_half_written_newest_checkpoint(finished, run, script, capsys):
+    (run / "eval_results.json").unlink()
+    BREAKAGES["half the optimizer"](run / "checkpoint-32")
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    assert re.search("checkpoint-32 has a broken optimizer.pt: passed over", capsys.readouterr().out)
+    assert_same_weights(run, finished)
+    assert flaw(run / "checkpoint-32") is None
+
+
+CHANGES = {
+    "data": ["--dataset", "sotu"],
+    "model": ["--preset", "tiny"],
+    "vocabulary": ["--vocab_size", 400],
+    "optimizer": ["--optimizer", "adamw"],
+    "rate": ["--muon_lr", 0.02],
+    "seed": ["--seed", 1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_with_what_would_be_another_run_is_refused(change, run, script, capsys):
+    before = snapshot(run)
+    given = CHANGES[change]
+    message = refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint", *given)
+    assert f"resuming cannot change that; leave {given[0]} out" in message
+    assert snapshot(run) == before
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_folder_as_it_was(run, script, capsys):
+    """Of another width, and with an optimizer of other groups."""
+    (run / "eval_results.json").unlink()
+    for name, message in [("optimizer.pt", "does not fit this model and optimizer"),
+                          ("model.safetensors", "size mismatch")]:  # fmt: skip
+        kept = (run / "checkpoint-32" / name).read_bytes()
+        if name == "optimizer.pt":
+            torch.save({"state": {}, "param_groups": []}, run / "checkpoint-32" / name)
+        else:
+            narrow = {key: value[:-1].clone() for key, value in weights_of(run / "checkpoint-32").items()}
+            save_file(narrow, run / "checkpoint-32" / name, metadata={"format": "pt"})
+        before = snapshot(run)
+        assert message in refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint")
+        assert snapshot(run) == before
+        (run / "checkpoint-32" / name).write_bytes(kept)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(run, script, capsys):
+    """Trainer would go on with a random one."""
+    (run / "eval_results.json").unlink()
+    weights = weights_of(run / "checkpoint-32")
+    del weights["model.norm.weight"]
+    save_file(weights, run / "checkpoint-32" / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint")
+    assert "model.norm.weight is in one of them only" in message
+
+
+def test_resuming_says_nothing_of_weights_that_are_tied(interrupted, script, caplog):
+    script("train_llm.py", "--output_dir", interrupted, "--resume_from_checkpoint")
+    assert "missing keys" not in caplog.text
+
+
+def test_overwriting_and_resuming_exclude_each_other(finished, run, script, capsys):
+    before = snapshot(run)
+    message = refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint", finished / "checkpoint-16",
+                      "--overwrite_output_dir")  # fmt: skip
+    assert "give one of them" in message
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("resume", ["false", "another run", "the model folder"])
+def test_resuming_never_overwrites_a_run_it_does_not_continue(resume, finished, arguments, run, script, capsys):
+    value = {"false": "false", "another run": finished / "checkpoint-32", "the model folder": run}[resume]
+    before = snapshot(run)
+    message = refusal(script, capsys, *arguments, "--output_dir", run, "--resume_from_checkpoint", value)
+    assert ("is no checkpoint folder" if resume == "the model folder" else "already holds a run") in message
+    assert snapshot(run) == before
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(finished, arguments, script, tmp_path, monkeypatch, capsys):
+    original = BlueberryTrainer.training_step
+
+    def interrupted_in_step_21(trainer: BlueberryTrainer, *given: object) -> torch.Tensor:
+        if trainer.state.global_step == 20:
+            raise KeyboardInterrupt
+        return original(trainer, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(BlueberryTrainer, "training_step", interrupted_in_step_21)
+        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run")
+    assert stop.value.code == 130
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"interrupted at step 20; go on from \S+checkpoint-16 with --output_dir \S+run "
+                        "--resume_from_checkpoint", message)  # fmt: skip
+    script("train_llm.py", *message.partition(" with ")[2].split())
+    assert_same_weights(tmp_path / "run", finished)
+
+
+def test_a_resumed_stream_of_several_passes_ends_as_an_uninterrupted_one(small_corpus, small_config, script, tmp_path):
+    texts = [path.read_text()[:1500] for path in sorted(small_corpus.glob("*.txt"))]
+    (tmp_path / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    given = ["--dataset", tmp_path / "documents.jsonl", "--streaming", "true", "--max_validation_tokens", 300,
+             "--config_name", small_config, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 3,
+             "--max_steps", 32, "--save_steps", 16, "--use_cpu", "true"]  # fmt: skip
+    script("train_llm.py", *given, "--output_dir", tmp_path / "run")
+    assert state_of(tmp_path / "run")["num_input_tokens_seen"] == 32 * 3 * 8 * 32  # no step is cut short
+    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted.mkdir()
+    shutil.move(tmp_path / "run" / "model.safetensors", uninterrupted)
+    script("train_llm.py", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-16")
+    assert_same_weights(tmp_path / "run", uninterrupted)
