@@ -76,6 +76,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+ATTENTION_PLAN = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+
 
 @strict
 class BlueberryConfig(PreTrainedConfig):
@@ -96,27 +105,6 @@ class BlueberryConfig(PreTrainedConfig):
     model_type = "blueberry"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
-
-    base_model_tp_plan: ClassVar[dict[str, Any]] = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-        "layers.*.mlp.experts.up_proj": "colwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-    }
-    base_model_ep_plan: ClassVar[dict[str, Any]] = {
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
 
     vocab_size: int = 49152
     hidden_size: int = 512
@@ -191,6 +179,29 @@ class BlueberryConfig(PreTrainedConfig):
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative: 0 switches it off")
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism shards each module: attention by heads, feed-forward networks by width."""
+        if not self.num_experts:
+            return ATTENTION_PLAN | {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+        up, split = ("gate_up_proj", "packed_colwise") if self.gated_experts else ("up_proj", "colwise")
+        return ATTENTION_PLAN | {
+            f"layers.*.mlp.experts.{up}": split,
+            "layers.*.mlp.experts.down_proj": "rowwise",
+            "layers.*.mlp.experts": "moe_tp_experts",
+        }
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How expert parallelism shards the experts: by expert."""
+        if not self.num_experts:
+            return {}
+        return {
+            f"layers.*.mlp.experts.{'gate_up_proj' if self.gated_experts else 'up_proj'}": "grouped_gemm",
+            "layers.*.mlp.experts.down_proj": "grouped_gemm",
+            "layers.*.mlp.experts": "ep_dispatch_experts",
+        }
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> Self:

@@ -92,3 +92,15 @@ def test_an_unknown_preset_lists_the_presets():
 def test_a_single_expert_and_a_dense_model_are_valid():
     assert BlueberryConfig.from_preset("tiny", num_experts=1, num_experts_per_tok=1).num_experts == 1
     assert BlueberryConfig.from_preset("tiny", num_experts=0).num_experts == 0
+
+
+@pytest.mark.parametrize("overrides", [{"num_experts": 0}, {}, {"gated_experts": True}], ids=str)
+def test_every_entry_of_the_parallel_plans_names_a_module(overrides: dict):
+    with torch.device("meta"):
+        model = BlueberryForCausalLM(BlueberryConfig.from_preset("tiny", **overrides))
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_modules()}
+    weights = {re.sub(r"\.\d+\.", ".*.", name).removesuffix(".weight") for name, _ in model.named_parameters()}
+    assert model.tp_plan and model.tp_plan.keys() <= names | weights
+    assert model.ep_plan.keys() <= names | weights
+    experts = {name for name in weights if ".experts." in name}
+    assert experts <= model.tp_plan.keys() and experts <= model.ep_plan.keys()
