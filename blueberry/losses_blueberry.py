@@ -19,8 +19,10 @@ def can_fuse_head(hidden: Tensor, head: nn.Module) -> bool:
     """Whether `head_cross_entropy` is the same here as the loss of the head's logits: a plain linear head."""
     if type(head) is not nn.Linear or head.bias is not None or type(hidden) is not Tensor:
         return False
+    if type(head.weight) is not nn.Parameter or head.weight.device != hidden.device:
+        return False  # sharded or offloaded: only the head's own forward fetches its weight
     same_dtype = hidden.dtype == head.weight.dtype or torch.is_autocast_enabled(hidden.device.type)
-    return same_dtype and type(head.weight) is nn.Parameter and not torch.compiler.is_compiling()
+    return same_dtype and not torch.compiler.is_compiling()
 
 
 def head_cross_entropy(

@@ -9,6 +9,7 @@ The file ships to the Hub as remote code, so it imports torch, transformers and 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation.utils import GenerateOutput
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
@@ -24,17 +26,16 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_blueberry import can_attend_in_blocks, causal_attention
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
+from .inputs_blueberry import RefuseNaN, check_input, check_labels
 from .losses_blueberry import can_fuse_head, head_cross_entropy, router_losses, sequence_weights
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
-
-logger = logging.get_logger(__name__)
 
 
 class BlueberryRotaryEmbedding(nn.Module):
@@ -48,10 +49,23 @@ class BlueberryRotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init(config)
+        inv_freq, self.attention_scaling = self._initial_frequencies()
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    def _initial_frequencies(self) -> tuple[Tensor, float]:
+        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        return rope_init(self.config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but keep fp32: `model.bfloat16()` would turn position 1000 by a wrong angle."""
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            frequencies, self.attention_scaling = self._initial_frequencies()
+            self.inv_freq = frequencies.to(self.inv_freq.device)
+            self.original_inv_freq = self.inv_freq.clone()
+            self.max_seq_len_cached = self.original_max_seq_len
+        return self
 
     @staticmethod
     def compute_default_rope_parameters(config: BlueberryConfig, **kwargs) -> tuple[Tensor, float]:
@@ -301,28 +315,6 @@ class BlueberryPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def check_input(input_ids: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int) -> None:
-    """Raise ValueError unless there is exactly one of the two and it is not empty, nor an id outside the vocabulary.
-
-    Ids are looked at on the CPU only: elsewhere the look would stall the device, whose own assertion will fire.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    given = inputs_embeds if input_ids is None else input_ids
-    if torch.compiler.is_compiling():
-        return
-    if given.numel() == 0:
-        raise ValueError(f"empty input of shape {tuple(given.shape)}: give at least one sequence of one token")
-    if input_ids is None or input_ids.device.type != "cpu":
-        return
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}: "
-            "use the tokenizer of this model, or resize_token_embeddings"
-        )
-
-
 class BlueberryModel(BlueberryPreTrainedModel):
     """The transformer without a head."""
 
@@ -352,13 +344,14 @@ class BlueberryModel(BlueberryPreTrainedModel):
 
         Raises ValueError for bad input: see `check_input`.
         """
-        check_input(input_ids, inputs_embeds, self.embed_tokens.num_embeddings)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        vocab_size, max_positions = self.embed_tokens.num_embeddings, self.config.max_position_embeddings
+        check_input(input_ids, inputs_embeds, attention_mask, past, vocab_size, max_positions)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
@@ -396,6 +389,18 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | GenerateOutput:
+        """transformers' `generate`, with a ValueError instead of a text when logits are NaN."""
+        processors = LogitsProcessorList([*(logits_processor or []), RefuseNaN()])
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -420,6 +425,8 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         not, so that exp(loss) is a perplexity. `aux_loss` is the load-balancing loss without its coefficient, at least
         one, returned whenever it was computed: in training, or because of `output_router_logits`.
         """
+        for targets in (labels, kwargs.get("shift_labels")):
+            check_labels(targets, self.vocab_size, kwargs.get("ignore_index", -100))
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         wants_router_losses = self.config.num_experts > 0 and (
