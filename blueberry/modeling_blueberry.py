@@ -7,6 +7,7 @@ squared-ReLU MLP (https://arxiv.org/abs/2109.08668) or top-k routed experts.
 The file ships to the Hub as remote code, so it imports torch, transformers and its own siblings only.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
@@ -36,6 +37,7 @@ from .experts_blueberry import EXPERTS_IMPLEMENTATION
 from .inputs_blueberry import RefuseNaN, check_input, check_labels
 from .losses_blueberry import can_fuse_head, head_cross_entropy, router_losses, sequence_weights
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
+from .upcycling_blueberry import upcycled_config, upcycled_weights
 
 
 class BlueberryRotaryEmbedding(nn.Module):
@@ -388,6 +390,29 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_dense(
+        cls, model: Self, num_experts: int, num_experts_per_tok: int = 2, noise: float = 0.0, **options: Any
+    ) -> Self:
+        """Upcycle a dense model: a mixture of experts with its outputs, device, dtype and mode. The dense one stays.
+
+        Every expert is a copy of the layer's feed-forward network, with its width and activation, and the weights of a
+        token's experts add up to one (`norm_topk_prob=True`); routers are drawn as in a new model. Equal experts part
+        because they see different tokens, but until then only the router losses move the routers. `noise` parts them
+        at once: Gaussian noise on each expert's matrices, of `noise` times their standard deviation, changes the
+        outputs in proportion. `options` are `router_*` fields of the config.
+
+        Raises ValueError unless `model` is a dense Blueberry.
+        """
+        if not isinstance(model, BlueberryForCausalLM):
+            raise ValueError(f"model is a {type(model).__name__}: give a dense BlueberryForCausalLM, adapters merged")
+        config = upcycled_config(model.config, num_experts, num_experts_per_tok, **options)
+        result = cls(config).to(model.device, model.dtype)
+        routers = {name: weight for name, weight in result.state_dict().items() if ".mlp.gate." in name}
+        result.load_state_dict(upcycled_weights(model.state_dict(), num_experts, noise) | routers)
+        result.generation_config = copy.deepcopy(model.generation_config)
+        return result.train(model.training)
 
     def generate(
         self,

@@ -18,6 +18,7 @@ ALLOWED = {
     "blueberry.inputs_blueberry": (),
     "blueberry.losses_blueberry": ("blueberry.norm_blueberry",),
     "blueberry.norm_blueberry": (),
+    "blueberry.upcycling_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.modeling_blueberry": (
         "blueberry.attention_blueberry",
         "blueberry.configuration_blueberry",
@@ -25,6 +26,7 @@ ALLOWED = {
         "blueberry.inputs_blueberry",
         "blueberry.losses_blueberry",
         "blueberry.norm_blueberry",
+        "blueberry.upcycling_blueberry",
     ),
     "blueberry.errors": (),
     "blueberry.polar": ("blueberry.errors",),
