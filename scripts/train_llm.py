@@ -14,6 +14,7 @@ from pathlib import Path
 from blueberry.errors import UsageError, run_script
 
 STREAM_SHUFFLE_BUFFER = 1000  # windows
+METRICS = ("loss", "accuracy", "perplexity", "bits_per_byte")
 
 
 @dataclass
@@ -91,19 +92,29 @@ def set_up(model_args, data_args, tracking_args, args, folder):
 
 
 def make_trainer(model, data, args, callbacks):
+    from huggingface_hub.errors import HfHubHTTPError
+
     from blueberry import BlueberryTrainer
     from blueberry.training.evaluation import compute_metrics, preprocess_logits_for_metrics
 
-    return BlueberryTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=data.tokenizer,
-        compute_metrics=partial(compute_metrics, bytes_per_token=data.bytes_per_token),
-        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        callbacks=callbacks,
-    )
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in METRICS:
+        raise UsageError(f"--metric_for_best_model {wanted} is not evaluated: choose from {', '.join(METRICS)}")
+    try:
+        return BlueberryTrainer(
+            model=model,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=data.tokenizer,
+            compute_metrics=partial(compute_metrics, bytes_per_token=data.bytes_per_token),
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            callbacks=callbacks,
+        )
+    except UsageError:
+        raise
+    except (ValueError, ImportError, HfHubHTTPError) as error:  # Trainer's own checks, and the Hub's with push_to_hub
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 def make_callbacks(model, tracking_args, args) -> list:
@@ -133,12 +144,24 @@ def train(trainer, checkpoint, folder) -> None:
 
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except KeyboardInterrupt as interrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        stop_writing(trainer)
         folder.undo(trainer.args, trainer.state)
-        raise KeyboardInterrupt(how_to_go_on(trainer)) from interrupt
-    except Exception:
-        folder.undo(trainer.args, trainer.state)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(how_to_go_on(trainer)) from error
+        if isinstance(error, ImportError):  # what an argument asks for and is not installed
+            raise UsageError(" ".join(str(error).split())) from error
         raise
+
+
+def stop_writing(trainer) -> None:
+    """Wait for the threads that write into the run folder, and close what they write."""
+    from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
+
+    for kind in (SpectralMetricsCallback, TensorBoardCallback):
+        callback = trainer.pop_callback(kind)
+        if callback is not None:
+            callback.close()
 
 
 def finish(trainer, data, settings) -> None:

@@ -168,6 +168,10 @@ class SpectralMetricsCallback(TrainerCallback):
         for failure in self.failures:
             logger.warning("spectral log: %s", failure)
 
+    def close(self) -> None:
+        """Wait for the log under way, where training ended before its end."""
+        self._join()
+
     def _choose(self, matrices: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         if not matrices:
             raise UsageError(

@@ -48,6 +48,11 @@ class TensorBoardCallback(HFTensorBoardCallback):
         if self.tb_writer is not None:
             self.tb_writer.flush()
 
+    def close(self) -> None:
+        """Write what is left and close the file, where training ended before its end."""
+        if self.tb_writer is not None:
+            self.tb_writer.close()
+
     def writer(self, args: TrainingArguments, state: TrainerState) -> SummaryWriter:
         """The writer of this run, opened when first asked for (rank 0 only)."""
         if self.tb_writer is None:

@@ -1,10 +1,12 @@
 """What a user can set about a training run, and the mapping of TrainingArguments onto the hybrid optimizer."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
+import torch
 from huggingface_hub import get_token
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -16,15 +18,17 @@ from ..optim.muon import SCALE_MODES
 from .hub_access import hub_is_reachable
 
 # Names, what is accepted (None passes), and how to say it.
-_NUMBERS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-      "eval_accumulation_steps"), lambda value: value >= 1, "at least 1"),
-    (("muon_lr", "adamw_lr", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps",
-      "dataloader_num_workers", "eval_delay"), lambda value: 0 <= value < inf, "a finite number of at least 0"),
-    (("muon_momentum", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    (("adam_epsilon", "num_train_epochs"), lambda value: 0 < value < inf, "a finite number above 0"),
-    (("seed", "data_seed"), lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
-    (("max_steps",), lambda value: value == -1 or value >= 1, "at least 1 (or -1: not set)"),
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps",
+     lambda value: value >= 1, "at least 1"),
+    ("muon_lr adamw_lr learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers eval_delay "
+     "neftune_noise_alpha", lambda value: 0 <= value < inf, "a finite number of at least 0"),
+    ("muon_momentum adam_beta1 adam_beta2 label_smoothing_factor", lambda value: 0 <= value < 1,
+     "at least 0 and below 1"),
+    ("adam_epsilon num_train_epochs logging_steps eval_steps save_steps", lambda value: 0 < value < inf,
+     "a finite number above 0"),
+    ("seed data_seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
+    ("max_steps", lambda value: value == -1 or value >= 1, "at least 1 (or -1: not set)"),
 )  # fmt: skip
 _ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
@@ -90,10 +94,12 @@ class BlueberryTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_optimizer()
         self._check_numbers()
+        self._check_scheduler_settings()
         self._map_learning_rate()
         self._check_budget()
         if self.output_dir is None:
             self.output_dir = default_output_dir(self.run_name, self.optimizer)
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments would refuse bf16
         super().__post_init__()
         self._check_processes()
         self._check_services()
@@ -113,10 +119,20 @@ class BlueberryTrainingArguments(TrainingArguments):
     def _check_numbers(self) -> None:
         """Values that would fail, or silently do nothing, only once data and model are there."""
         for names, is_good, rule in _NUMBERS:
-            for name in names:
+            for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not is_good(value):
                     raise UsageError(f"--{name} {value}: must be {rule}")
+
+    def _check_scheduler_settings(self) -> None:
+        if isinstance(self.lr_scheduler_kwargs, str):
+            try:
+                json.loads(self.lr_scheduler_kwargs)
+            except ValueError as error:
+                text = self.lr_scheduler_kwargs
+                raise UsageError(
+                    f'--lr_scheduler_kwargs {text} is no JSON ({error}): write {{"min_lr": 0.001}}'
+                ) from error
 
     def _check_services(self) -> None:
         """Trackers that are not installed, and a Hub that would refuse the first push."""

@@ -91,7 +91,7 @@ class RowChecker:
         if row.size and not 0 <= row.min() <= row.max() < self.vocab_size:
             worst = row.min() if row.min() < 0 else row.max()
             raise UsageError(
-                f"token id {worst} is outside the model's vocabulary of {self.vocab_size}; raise vocab_size to "
+                f"token id {worst} is outside the model's vocabulary of {self.vocab_size}; raise --vocab_size to "
                 "that of the tokenizer that made the data"
             )
         if self.max_row is not None and len(row) > self.max_row:

@@ -48,7 +48,7 @@ class BlueberryArgumentParser(HfArgumentParser):
             )
         except UsageError:
             raise
-        except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+        except (ValueError, ImportError, OSError) as error:  # TrainingArguments' own checks
             raise UsageError(" ".join(str(error).split())) from error
         del rest  # the namespace that holds --config
         return tuple(dataclasses)

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -99,19 +100,21 @@ def describe(training: BlueberryTrainingArguments, *groups: Any) -> dict[str, An
     own = BlueberryTrainingArguments.__annotations__
     last = sorted(dataclasses.fields(training), key=lambda item: item.name not in own)  # Blueberry's own first
     items = [(group, item) for group in groups for item in dataclasses.fields(group)]
+    left_out = _LEFT_OUT | _implied(training)
     settings = {}
     for group, item in items + [(training, item) for item in last]:
         value = getattr(group, item.name)
-        if item.name not in _LEFT_OUT and not (value in _EMPTY and item.default in _EMPTY):
+        if item.name not in left_out and not (value in _EMPTY and item.default in _EMPTY):
             settings[item.name] = _plain(value)
-    return {name: value for name, value in settings.items() if name not in _idle_lengths(training)}
+    return settings
 
 
-def _idle_lengths(training: BlueberryTrainingArguments) -> set[str]:
-    """The arguments for the length of training that do not set it."""
+def _implied(training: BlueberryTrainingArguments) -> set[str]:
+    """The arguments that others, or the machine, make idle."""
+    machine = set() if torch.accelerator.is_available() else {"use_cpu"}
     if training.train_tokens is not None:
-        return {"max_steps", "num_train_epochs"}
-    return {"num_train_epochs"} if training.max_steps > 0 else {"max_steps"}
+        return machine | {"max_steps", "num_train_epochs"}
+    return machine | ({"num_train_epochs"} if training.max_steps > 0 else {"max_steps"})
 
 
 def _plain(value: Any) -> Any:

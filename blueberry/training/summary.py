@@ -23,14 +23,15 @@ def print_summary(trainer: BlueberryTrainer, data: PreparedData, metrics: dict[s
     seconds = final.get("train_runtime", 0.0)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
     folder = Path(trainer.args.output_dir)
+    shown = lambda name: f"{metrics[f'eval_{name}']:.4f}" if f"eval_{name}" in metrics else "unknown"
     rows = {
         "tokens": f"{trainer.state.num_input_tokens_seen:,} in {trainer.state.global_step:,} steps",
         "time": f"{seconds:.0f} s",
         "tokens/s": f"{tokens / max(seconds, 1e-9):,.0f}",
-        "validation loss": f"{metrics['eval_loss']:.4f} (unigram model of the same text {data.unigram_loss:.4f})",
-        "perplexity": f"{metrics['eval_perplexity']:.2f}",
-        "next-token accuracy": f"{metrics['eval_accuracy']:.4f}",
-        "bits per byte": f"{metrics['eval_bits_per_byte']:.4f}" if "eval_bits_per_byte" in metrics else "unknown",
+        "validation loss": f"{shown('loss')} (unigram model of the same text {data.unigram_loss:.4f})",
+        "perplexity": shown("perplexity"),
+        "next-token accuracy": shown("accuracy"),
+        "bits per byte": shown("bits_per_byte"),
         "model": str(folder),
         "TensorBoard": f"tensorboard --logdir {folder / 'runs'}",
     }

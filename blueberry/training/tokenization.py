@@ -63,7 +63,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int | 
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UsageError(f"vocab_size {vocab_size}: a byte-level BPE needs {SMALLEST_VOCABULARY} entries or more")
+        raise UsageError(
+            f"a byte-level BPE needs more entries than vocab_size {vocab_size}: set --vocab_size to "
+            f"{SMALLEST_VOCABULARY} or more, or name a --tokenizer"
+        )
     head = _first_bytes(texts, TRAINING_BYTES)
     folder = cache_folder() / "tokenizers" / _cache_key(head, vocab_size)
     if not folder.is_dir():
@@ -139,5 +142,5 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Non
     if entries > vocab_size:
         raise UsageError(
             f"the model's vocab_size {vocab_size} is smaller than the tokenizer's {entries} entries; "
-            f"set vocab_size to {entries} or more, or choose a smaller --tokenizer"
+            f"set --vocab_size to {entries} or more, or choose a smaller --tokenizer"
         )
