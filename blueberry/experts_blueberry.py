@@ -6,11 +6,12 @@ Importing this file adds `experts_implementation="blueberry"` to transformers' e
 each expert. On other devices, inside `torch.compile` and for experts with a norm of their own, transformers'
 `grouped_mm` does the work.
 
-The file ships to the Hub as remote code, so it imports torch and transformers only.
+The file ships to the Hub as remote code, so it imports torch, transformers and its sibling only.
 """
 
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .norm_blueberry import product_dtype
+from .products_blueberry import linear, product_dtype
 
 EXPERTS_IMPLEMENTATION = "blueberry"
-HALF_BLOCK = 16  # rows of half-precision products come in multiples of it
+BLOCK = 16  # an expert's rows come in multiples of it
 
 
 class Routing(NamedTuple):
@@ -38,28 +39,26 @@ class Routing(NamedTuple):
 def sort_by_expert(top_k_index: Tensor, num_experts: int, block: int = 1) -> Routing:
     """Sort the pairs of top_k_index (tokens, top_k) by expert, keeping the order of tokens.
 
-    An expert with more than `block` pairs gets a multiple of `block` rows: the CPU's half-precision products are
-    compiled for each shape they meet, which takes as long as a product of a few hundred rows.
+    An expert with more than `block` pairs gets a multiple of `block` rows: oneDNN compiles its products for each shape
+    that it meets, which takes as long as a product of a few hundred rows.
 
     Indices from `num_experts` on stand for experts of another rank (expert parallelism): they come last, in no span.
     """
     expert = top_k_index.reshape(-1)
     order = expert.argsort(stable=True)
-    pairs = expert.bincount(minlength=num_experts + 1)
-    pairs = torch.cat((pairs[:num_experts], pairs[num_experts:].sum(0, keepdim=True)))  # (experts + 1,)
-    filled = pairs.where(pairs <= block, -(-pairs // block) * block)
-    filled[-1] = pairs[-1]
-    first_pair, first_row = pairs.cumsum(0) - pairs, filled.cumsum(0) - filled
-
-    owner = torch.arange(num_experts + 1, device=order.device).repeat_interleave(filled)  # (rows,)
-    offset = torch.arange(len(owner), device=order.device) - first_row[owner]
-    pair = order[first_pair[owner] + offset.minimum(pairs[owner] - 1)]
-    real = offset < pairs[owner]
-    place = torch.empty_like(order)
-    place[pair[real]] = real.nonzero().squeeze(1)
-
-    starts, lengths = first_row.tolist(), filled.tolist()
-    spans = [(e, starts[e], starts[e] + lengths[e]) for e in range(num_experts) if lengths[e]]
+    counts = expert.bincount(minlength=num_experts).tolist()
+    sizes = [-(-count // block) * block if count > block else count for count in counts]
+    sizes[num_experts:] = counts[num_experts:]
+    starts = [0, *accumulate(sizes)]
+    spans = [(index, starts[index], starts[index + 1]) for index in range(num_experts) if sizes[index]]
+    rows = torch.arange(starts[-1], device=order.device)
+    real, pair, place = torch.ones_like(rows, dtype=torch.bool), order, torch.empty_like(order)
+    if sizes != counts:
+        parts = list(zip(order.split(counts), sizes, strict=True))
+        pair = torch.cat([piece for part, size in parts for piece in (part, part[-1:].expand(size - len(part)))])
+        rows = torch.cat([rows[start : start + count] for start, count in zip(starts, counts, strict=False)])
+        real = torch.zeros_like(real).index_fill_(0, rows, True)
+    place[order] = rows
     return Routing(pair // top_k_index.shape[1], pair, real, place.view(top_k_index.shape), spans)
 
 
@@ -101,23 +100,23 @@ class _SortedExperts(torch.autograd.Function):
         routing: Routing,
         activation: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        inner = hidden.new_empty(len(routing.pair), up.shape[1])  # (rows, width), before the activation
+        inner = []  # (rows, width) of each expert, before the activation
         outer = hidden.new_empty(len(routing.pair), down.shape[1])  # (rows, hidden)
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
         for expert, start, stop in routing.spans:
             rows = slice(start, stop)
             x = hidden.index_select(0, routing.token[rows])
-            _affine(x, cast_up.read(expert), up_bias, expert, out=inner[rows])
-            _affine(activation(inner[rows]), cast_down.read(expert), down_bias, expert, out=outer[rows])
+            inner.append(_affine(x, cast_up.read(expert), up_bias, expert))
+            outer[rows] = _affine(activation(inner[-1]), cast_down.read(expert), down_bias, expert)
         outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
-        ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, inner, outer)
+        ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, outer, *inner)
         ctx.routing, ctx.activation = routing, activation
         return combine(outer, routing.place, scores)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, scores, up, up_bias, down, down_bias, inner, outer = ctx.saved_tensors
+        hidden, scores, up, up_bias, down, down_bias, outer, *inner = ctx.saved_tensors
         routing: Routing = ctx.routing
         row_scores = (scores.reshape(-1)[routing.pair] * routing.real).unsqueeze(1)  # (rows, 1)
         grad_scores = scores.new_zeros(len(routing.pair))
@@ -127,18 +126,18 @@ class _SortedExperts(torch.autograd.Function):
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-        for expert, start, stop in routing.spans:
+        for (expert, start, stop), before in zip(routing.spans, inner, strict=True):
             rows = slice(start, stop)
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
             grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
             grad.mul_(row_scores[rows])
             with torch.enable_grad():
-                before = inner[rows].detach().requires_grad_()
+                before = before.detach().requires_grad_()
                 after = ctx.activation(before)  # (rows, width)
-            grad_after = grad @ cast_down.read(expert)
+            grad_after = linear(grad, cast_down.read(expert).t())
             _write_gradients(grad, after.detach(), grad_down, grad_down_bias, expert, cast_down)
             (grad,) = torch.autograd.grad(after, before, grad_after)  # (rows, width)
-            torch.mm(grad, cast_up.read(expert), out=grad_rows[rows])
+            grad_rows[rows] = linear(grad, cast_up.read(expert).t())
             x = hidden.index_select(0, routing.token[rows])
             _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
         return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None
@@ -163,11 +162,10 @@ class _Cast:
             out.copy_(torch.mm(a, b, out=self.buffer))
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
-    """out = x weight^T + bias[expert]; weight (out, in) in the dtype of x."""
-    torch.mm(x, weight.t(), out=out)
-    if bias is not None:
-        out.add_(bias[expert])
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    """x weight^T + bias[expert]; weight (out, in) in the dtype of x."""
+    output = linear(x, weight)
+    return output if bias is None else output.add_(bias[expert])
 
 
 def _write_gradients(
@@ -202,8 +200,7 @@ def blueberry_experts_forward(
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     activation = self._apply_gate if self.has_gate else self.act_fn
     dtype = compute_dtype(hidden_states)
-    half = dtype in (torch.float16, torch.bfloat16)
-    routing = sort_by_expert(top_k_index, self.num_experts, block=HALF_BLOCK if half else 1)
+    routing = sort_by_expert(top_k_index, self.num_experts, block=1 if dtype == torch.float64 else BLOCK)
     with torch.autocast(hidden_states.device.type, enabled=False):
         output = _SortedExperts.apply(
             hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias, routing, activation

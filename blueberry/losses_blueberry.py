@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .norm_blueberry import product_dtype
+from .products_blueberry import linear, product_dtype
 
 CPU_CHUNK, CHUNK = 512, 4096  # tokens whose logits exist at once; on the CPU measured fastest of 128 to 2048
 CACHED = 2**22  # probabilities in fp32 at once on the CPU: 16 MiB
@@ -23,6 +23,12 @@ def can_fuse_head(hidden: Tensor, head: nn.Module) -> bool:
         return False  # sharded or offloaded: only the head's own forward fetches its weight
     same_dtype = hidden.dtype == head.weight.dtype or torch.is_autocast_enabled(hidden.device.type)
     return same_dtype and not torch.compiler.is_compiling()
+
+
+def can_fuse_loss(logits: Tensor) -> bool:
+    """Whether `logits_cross_entropy` may stand in for transformers' loss, which is in fp32: training in eager mode."""
+    plain = type(logits) is Tensor and logits.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return plain and logits.requires_grad
 
 
 def head_cross_entropy(
@@ -39,13 +45,56 @@ def head_cross_entropy(
     The mean over counted labels, or their sum divided by `num_items_in_batch` if that is given. Products are in
     autocast's dtype where it is on; the loss is in fp32 at least.
     """
-    targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-    targets = targets.to(hidden.device).flatten()
+    targets = next_tokens(labels, shift_labels, ignore_index).to(hidden.device)
     dtype = product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         total = _HeadCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), weight, targets, ignore_index)
-    count = targets.ne(ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return total / count
+    return total / count_items(targets, num_items_in_batch, ignore_index)
+
+
+def logits_cross_entropy(
+    logits: Tensor,  # (batch, seq, vocab)
+    labels: Tensor | None = None,
+    vocab_size: int | None = None,  # that of the logits; transformers' losses get it
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs,
+) -> Tensor:
+    """The same loss from the logits, in fewer passes over them than autograd's; see `head_cross_entropy`."""
+    targets = next_tokens(labels, shift_labels, ignore_index).to(logits.device)
+    total = _CrossEntropy.apply(logits.flatten(0, 1), targets, ignore_index)
+    return total / count_items(targets, num_items_in_batch, ignore_index)
+
+
+def next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
+    """The target of every position (batch * seq,): the label after it, unless the labels are shifted already."""
+    return (F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels).flatten()
+
+
+def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int) -> Tensor | int:
+    """What the sum of losses is divided by."""
+    return targets.ne(ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum of cross-entropies of logits; their gradient is computed in the forward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        """logits (tokens, vocab), targets (tokens,) -> ()."""
+        counted = targets.ne(ignore_index).unsqueeze(1)
+        gradient = logits.clone()
+        losses = softmax_minus_onehot_(gradient, targets.unsqueeze(1).where(counted, 0))
+        gradient.masked_fill_(~counted, 0)
+        ctx.save_for_backward(gradient)
+        return losses.masked_fill_(~counted, 0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad).to(gradient.dtype), None, None
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -68,10 +117,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             x, mask = hidden[rows], counted[rows].unsqueeze(1)
-            logits = x @ matrix.t()  # (chunk, vocab)
+            logits = linear(x, matrix)  # (chunk, vocab)
             total += softmax_minus_onehot_(logits, targets[rows]).masked_fill_(~mask, 0).sum()
             if grad_hidden is not None:
-                torch.mm(logits, matrix, out=grad_hidden[rows]).mul_(mask)
+                grad_hidden[rows] = linear(logits, matrix.t()).mul_(mask)
             if grad_weight is not None:
                 add_product_(grad_weight, logits.t(), x * mask)
         ctx.save_for_backward(grad_hidden, grad_weight)

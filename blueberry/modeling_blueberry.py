@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateOutput
 from transformers.integrations import use_experts_implementation
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -35,7 +36,14 @@ from .attention_blueberry import can_attend_in_blocks, causal_attention
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
 from .inputs_blueberry import RefuseNaN, check_input, check_labels
-from .losses_blueberry import can_fuse_head, head_cross_entropy, router_losses, sequence_weights
+from .losses_blueberry import (
+    can_fuse_head,
+    can_fuse_loss,
+    head_cross_entropy,
+    logits_cross_entropy,
+    router_losses,
+    sequence_weights,
+)
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
 from .upcycling_blueberry import upcycled_config, upcycled_weights
 
@@ -473,7 +481,10 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         else:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             if labels is not None:
-                loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+                fused = self.loss_function is ForCausalLMLoss and can_fuse_loss(logits)
+                loss = (logits_cross_entropy if fused else self.loss_function)(
+                    logits, labels, self.vocab_size, **kwargs
+                )
         if wants_router_losses:
             shape = outputs.last_hidden_state.shape[:2]
             weights, token_mask = sequence_weights(shape, attention_mask, labels, **kwargs)

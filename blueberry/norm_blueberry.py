@@ -1,7 +1,7 @@
 """RMS normalization, alone and followed by the rotation of positions, with backwards of their own on the CPU.
 
 Autograd's own backwards of these small operations take several times the passes over memory. The file ships to the Hub
-as remote code, so it imports torch only.
+as remote code, so it imports torch and its sibling only.
 """
 
 import torch
@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products of x are computed: autocast's where it is on, but fp64 stays."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+from .products_blueberry import product_dtype
 
 
 def widen(x: Tensor) -> Tensor:
@@ -108,9 +102,9 @@ class BlueberryRMSNorm(nn.Module):
         return (self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)).to(product_dtype(x))
 
     def can_fuse(self, x: Tensor) -> bool:
-        """In eager mode on the CPU, plain tensors, weights in full precision."""
+        """In training in eager mode on the CPU, plain tensors, weights in full precision."""
         plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return plain and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+        return plain and torch.is_grad_enabled() and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
 
 
 class BlueberryHeadRMSNorm(BlueberryRMSNorm):

@@ -14,10 +14,11 @@ PACKAGES = ("blueberry", "trainer_callbacks", "hub")
 ALLOWED = {
     "blueberry.configuration_blueberry": (),
     "blueberry.attention_blueberry": (),
-    "blueberry.experts_blueberry": ("blueberry.norm_blueberry",),
+    "blueberry.experts_blueberry": ("blueberry.products_blueberry",),
     "blueberry.inputs_blueberry": (),
-    "blueberry.losses_blueberry": ("blueberry.norm_blueberry",),
-    "blueberry.norm_blueberry": (),
+    "blueberry.losses_blueberry": ("blueberry.products_blueberry",),
+    "blueberry.norm_blueberry": ("blueberry.products_blueberry",),
+    "blueberry.products_blueberry": (),
     "blueberry.upcycling_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.modeling_blueberry": (
         "blueberry.attention_blueberry",

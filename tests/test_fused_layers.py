@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.attention_blueberry import BLOCK, LONGEST, can_attend_in_blocks, causal_attention
-from blueberry.losses_blueberry import can_fuse_head, head_cross_entropy
+from blueberry.losses_blueberry import can_fuse_head, head_cross_entropy, logits_cross_entropy
 from blueberry.norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm
+from blueberry.products_blueberry import linear
 
 
 def norm(size: int, dtype: torch.dtype = torch.float64) -> BlueberryRMSNorm:
@@ -127,6 +129,28 @@ def test_the_loss_without_logits_equals_the_plain_loss_and_so_do_its_gradients(n
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=0)
     for ours, theirs in zip(*(torch.autograd.grad(x, (hidden, head.weight)) for x in (fused, plain)), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_items", [None, 17])
+def test_the_loss_of_logits_equals_that_of_transformers_and_so_does_its_gradient(dtype: torch.dtype, num_items):
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(3, 70, 50)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 50, (3, 70)).masked_fill(torch.rand(3, 70) < 0.3, -100)
+    losses = [loss(logits, labels, 50, num_items) for loss in (logits_cross_entropy, ForCausalLMLoss)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in losses)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8
+    assert (ours - theirs).float().norm() <= rounding * theirs.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_is_a_matrix_product(dtype: torch.dtype, transposed: bool):
+    x, weight = torch.randn(37, 20).to(dtype), torch.randn(20, 45).t().to(dtype)
+    weight = weight if transposed else weight.contiguous()
+    tolerance = {"rtol": 2**-7, "atol": 2**-7} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(linear(x, weight), (x.double() @ weight.double().t()).to(dtype), **tolerance)
 
 
 def test_a_model_gives_the_same_loss_and_gradients_with_and_without_logits():
