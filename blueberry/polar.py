@@ -1,23 +1,27 @@
 """The polar factor of a matrix: exactly (`msign`) and by a matrix-multiplication-only iteration (`newton_schulz`).
 
 For M = U S V^T the polar factor is U V^T: all singular values become 1. An odd polynomial acts on the singular values
-alone, p(M) = U p(S) V^T, so a few steps of X <- a X + b (X X^T) X + c (X X^T)^2 X drive them towards 1 without a
+alone, p(M) = U p(S) V^T, so a few steps of X <- (a + b X X^T + c (X X^T)^2 + ...) X drive them towards 1 without a
 decomposition.
 """
+
+from collections.abc import Sequence
+from functools import cache
+from math import comb
 
 import torch
 from torch import Tensor
 
-Quintic = tuple[float, float, float]
+Step = tuple[float, ...]  # coefficients of x, x^3, x^5 (and x^7, x^9) of an odd polynomial
 
 # One (a, b, c) per step. Singular values of the result stay around 1 (0.7 to 1.2): these coefficients trade accuracy
 # for a steep slope at 0. Source: K. Jordan et al., "Muon", https://kellerjordan.github.io/posts/muon/
-KELLER_JORDAN: tuple[Quintic, ...] = ((3.4445, -4.7750, 2.0315),) * 5
+KELLER_JORDAN: tuple[Step, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 
 # Each step is the odd quintic with the smallest largest deviation from 1 on the interval that the step before left,
 # starting from [0.001, 1]. Source: Amsel, Persson, Musco, Gower, "The Polar Express", arXiv:2505.16932, which also
 # gives the division by 1.01 that keeps rounding errors of half precision from leaving the interval.
-_POLAR_EXPRESS: tuple[Quintic, ...] = (
+_POLAR_EXPRESS: tuple[Step, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -25,34 +29,37 @@ _POLAR_EXPRESS: tuple[Quintic, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 
-# Four steps of the same kind from the shorter interval [0.005, 1], for matrices whose singular values are known to lie
-# closer together (see `_SPREAD_OUT`); the result lies in [0.89, 1.09].
-_FOUR_STEPS: tuple[Quintic, ...] = (
-    (8.2987, -24.4305, 18.09031),
-    (3.91522, -2.92113, 0.55922),
-    (3.1746, -2.38043, 0.49783),
-    (2.18946, -1.56722, 0.40789),
+# The default. Its first three steps, of degree 5, 9 and 5, have the largest slope at 0 of all odd polynomials that map
+# [0, g] into [0, 1] and, right of their first maximum, into [0.2, 1]: a minimax step would map some strong directions
+# to almost nothing, where rounding errors of half precision drown them. The last is the minimax polynomial of degree 9
+# on what they leave, [0.146, 1.03], and ends in [0.84, 1.16]. The guards g = 1.01, 1.02, 1.06 and 1.03 hold the
+# rounding errors of the steps before. From the bound of `_gram_bound` all that five steps of `keller_jordan` lift from
+# the Frobenius norm (singular values above 0.00134 of it) ends up there, with fewer operations. Linear programs find
+# the coefficients (tests/test_polar.py).
+ROBUST: tuple[Step, ...] = (
+    (4.017645, -10.71105, 7.590588),
+    (7.0912, -61.38547, 191.401, -233.5584, 96.95718),
+    (3.828133, -9.265707, 5.961464),
+    (6.526526, -37.79749, 100.0389, -111.0489, 43.18096),
 )
 
 
-def _cushioned(steps: tuple[Quintic, ...]) -> tuple[Quintic, ...]:
+def _cushioned(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """Evaluate every step at x / 1.01, so that rounding errors do not leave its interval."""
-    return tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in steps)
+    return tuple(tuple(c / 1.01 ** (2 * i + 1) for i, c in enumerate(step)) for step in steps)
 
 
 POLAR_EXPRESS = _cushioned(_POLAR_EXPRESS)
-FOUR_STEPS = _cushioned(_FOUR_STEPS)
 
-# `adaptive` is the default: Polar Express, but four steps for the matrices that need no more.
-COEFFICIENTS: dict[str, tuple[Quintic, ...]] = {
-    "adaptive": POLAR_EXPRESS,
+COEFFICIENTS: dict[str, tuple[Step, ...]] = {
     "keller_jordan": KELLER_JORDAN,
     "polar_express": POLAR_EXPRESS,
+    "robust": ROBUST,
 }
 
 
-def coefficient_steps(coefficients: str, ns_steps: int | None = None) -> tuple[Quintic, ...]:
-    """The (a, b, c) of each step. `ns_steps=None` takes the set's own number; more steps repeat the last one.
+def coefficient_steps(coefficients: str, ns_steps: int | None = None) -> tuple[Step, ...]:
+    """The coefficients of each step. `ns_steps=None` takes the set's own number; more steps repeat the last one.
 
     Raises ValueError on an unknown set or `ns_steps` outside 1..20.
     """
@@ -79,7 +86,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 def newton_schulz(
     matrix: Tensor,  # (..., out, in)
     ns_steps: int | None = None,
-    coefficients: str = "adaptive",
+    coefficients: str = "robust",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Approximate polar factor of each matrix in a stack, by Newton-Schulz iteration.
@@ -91,8 +98,7 @@ def newton_schulz(
     Args:
         matrix: (..., out, in), any real floating dtype.
         ns_steps: number of steps; None takes the number that the coefficient set is made for.
-        coefficients: `adaptive` (on a CPU four or five steps, as each matrix needs; elsewhere five), `keller_jordan`
-            or `polar_express`.
+        coefficients: `robust` (four steps), `keller_jordan` or `polar_express` (five steps).
         dtype: of the products; None takes float64 for float64 input, else the device's fastest.
 
     Returns: same shape and dtype as `matrix`.
@@ -102,31 +108,35 @@ def newton_schulz(
     steps = coefficient_steps(coefficients, ns_steps)
     if dtype is None:
         dtype = torch.float64 if matrix.dtype == torch.float64 else fastest_dtype(matrix.device)
-    wide = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-    stack = _in_range(wide.reshape(-1, *wide.shape[-2:]), dtype)  # (batch, short, long)
-    gram = stack @ stack.mT  # (batch, short, short)
-    if coefficients != "adaptive" or ns_steps is not None:
-        factor = _iterate(stack, gram, _frobenius_norm(gram), steps)
-    else:
-        factor = _iterate_adaptively(stack, gram, steps)
-    factor = factor.reshape(wide.shape)
-    return (factor.mT if wide is not matrix else factor).to(matrix.dtype)
+    stack, gram = _with_gram(matrix.reshape(-1, *matrix.shape[-2:]), dtype)
+    bound = _gram_bound(gram) if coefficients == "robust" else _frobenius_norm(gram)  # as published
+    return _iterate(stack, gram, bound, steps).reshape(matrix.shape).to(matrix.dtype)
 
 
-def _in_range(stack: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast, scaled where the fourth powers of its norm would leave the range of the dtype.
+def _with_gram(stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The stack in `dtype` and its Gram matrices, scaled where fourth powers of its norm would leave the range.
 
-    A look at the values costs a CPU one pass over memory that scaling without a look would also cost, and saves one
-    more; other devices scale without a look, which would stall them.
+    The CPU looks at the Gram matrix first, which saves a pass over memory; for other devices a look would be a stall.
     """
     if stack.device.type == "cpu" and dtype != torch.float16:
-        largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
-        low, high = largest[largest > 0].aminmax() if bool((largest > 0).any()) else (1.0, 1.0)
-        if low > 1e-5 and high < 1e5:
-            return stack.to(dtype)
-    else:
-        largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
-    return (stack / largest.clamp_min(torch.finfo(stack.dtype).tiny)).to(dtype)
+        narrow = stack.to(dtype)
+        gram = _gram(narrow)
+        energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=_wide(dtype))  # norm_F^2 of each matrix
+        if bool(((energy > 1e-15) & (energy < 1e15)).all()):
+            return narrow, gram
+    largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
+    power = largest.clamp_min(torch.finfo(stack.dtype).tiny).log2().floor().exp2()  # of two: rounds nothing
+    scaled = (stack / power).to(dtype)
+    return scaled, _gram(scaled)
+
+
+def _is_tall(stack: Tensor) -> bool:
+    return stack.shape[-2] > stack.shape[-1]
+
+
+def _gram(stack: Tensor) -> Tensor:
+    """Products of each matrix with itself, over its long side: (batch, out, in) -> (batch, short, short)."""
+    return stack.mT @ stack if _is_tall(stack) else stack @ stack.mT
 
 
 def _frobenius_norm(gram: Tensor) -> Tensor:
@@ -136,71 +146,77 @@ def _frobenius_norm(gram: Tensor) -> Tensor:
 
 def _gram_bound(gram: Tensor) -> Tensor:
     """(sum sigma^4)^(1/4) = norm_F(X X^T)^(1/2), from sigma_1 to norm_F(X): (batch, short, short) -> (batch, 1, 1)."""
-    return torch.linalg.matrix_norm(gram.to(_wide(gram.dtype)), keepdim=True).sqrt()
+    return torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=_wide(gram.dtype)).sqrt()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# norm_F(X) over the tighter bound. From here on, four steps from the tighter bound bring to at least 0.65 all that
-# five steps of `keller_jordan` from norm_F(X) do: singular values above 0.0014 norm_F(X). A Gaussian matrix with 100
-# rows has 3; effectively it asks for energy in some fifty directions.
-_SPREAD_OUT = 2.6
+def _iterate(stack: Tensor, gram: Tensor, bound: Tensor, steps: Sequence[Step]) -> Tensor:
+    """The iteration from stack / bound: gram as from `_gram`, bound (batch, 1, 1) no less than sigma_1.
 
-
-def _iterate_adaptively(stack: Tensor, gram: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
-    """Four steps for matrices whose energy is spread over several directions, `steps` for the others."""
-    bound = _gram_bound(gram)
-    if stack.device.type != "cpu":
-        return _iterate(stack, gram, bound, steps)
-    easy = (_frobenius_norm(gram) >= _SPREAD_OUT * bound).flatten()
-    if easy.all():
-        return _iterate(stack, gram, bound, FOUR_STEPS)
-    factor = torch.empty_like(stack)
-    for chosen, chosen_steps in ((easy, FOUR_STEPS), (~easy, steps)):
-        if chosen.any():
-            factor[chosen] = _iterate(stack[chosen], gram[chosen], bound[chosen], chosen_steps)
-    return factor
-
-
-def _iterate(x: Tensor, gram: Tensor, bound: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
-    """The iteration from x / bound: x (batch, short, long), gram = x x^T, bound (batch, 1, 1) no less than sigma_1."""
-    scale = torch.where(bound > 0, 1 / bound, 0.0)
-    gram = (gram * scale.square()).to(x.dtype)
-    if x.shape[-1] < 2 * x.shape[-2]:
-        return _iterate_plain(x, gram, scale, steps)
-    if _wide(x.dtype) == x.dtype:
-        return _iterate_gram(x, gram, scale, steps)
-    # In half precision the Gram form loses the weak directions within three steps: go back to x after two.
-    if len(steps) > 4:
-        return _iterate_plain(x, gram, scale, steps)
-    x = _iterate_gram(x, gram, scale, steps[:2])
-    return _iterate_gram(x, x @ x.mT, torch.ones_like(scale), steps[2:])
-
-
-def _iterate_plain(x: Tensor, gram: Tensor, scale: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
-    """x <- (a + b G + c G^2) x with G = x x^T, every step."""
-    x = (x * scale).to(x.dtype)
-    for number, (a, b, c) in enumerate(steps):
-        gram = x @ x.mT if number else gram
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def _iterate_gram(x: Tensor, gram: Tensor, scale: Tensor, steps: tuple[Quintic, ...]) -> Tensor:
-    """The same in short x short matrices: G <- P G P for each polynomial P, and x multiplied by all P at the end.
-
-    About 50 short^3 operations instead of 90 for an aspect ratio of 4 and five steps.
+    Several steps at a time are composed in short x short matrices before the stack is touched: from an aspect ratio
+    of two on that takes fewer operations (56 short^3 instead of 76 for an aspect ratio of four and `robust`).
     """
+    scale = torch.where(bound > 0, 1 / bound, 0.0).to(gram.dtype)
+    gram = (gram * scale).mul_(scale)  # in this order within the range of float16
+    at_a_time = _steps_at_a_time(stack, len(steps))
+    for start in range(0, len(steps), at_a_time):
+        product = _compose(_gram(stack) if start else gram, steps[start : start + at_a_time])
+        if start == 0:
+            product *= scale
+        stack = stack @ product.mT if _is_tall(stack) else product @ stack
+    return stack
+
+
+def _steps_at_a_time(stack: Tensor, count: int) -> int:
+    """One for nearly square matrices. In half precision composing three steps would lose the weak directions."""
+    short, long = sorted(stack.shape[-2:])
+    if long < 2 * short:
+        return 1
+    return count if _wide(stack.dtype) == stack.dtype else 2
+
+
+def _compose(gram: Tensor, steps: Sequence[Step]) -> Tensor:
+    """The product P_n ... P_1 of the polynomials that the steps multiply the stack with, G <- P G P in between."""
     product = None
-    for number, (a, b, c) in enumerate(steps):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+    for number, step in enumerate(steps):
+        polynomial = _polynomial(gram, step)
         product = polynomial if product is None else polynomial @ product
         if number + 1 < len(steps):
             gram = polynomial @ gram @ polynomial
-    return (product * scale).to(x.dtype) @ x
+    return product
+
+
+def _polynomial(gram: Tensor, step: Step) -> Tensor:
+    """a + b G + c G^2, or + d G^3 + e G^4 with two products, of symmetric G (batch, short, short)."""
+    if len(step) == 3:
+        a, b, c = step
+        return _add_to_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a)
+    a, b, c, d, e = _about_center(step)
+    gram = _add_to_diagonal(gram.clone(), -_CENTER)
+    square = gram @ gram
+    quadratic = _add_to_diagonal(torch.add(square, gram, alpha=d / e), c / e)
+    return _add_to_diagonal(torch.baddbmm(gram, square, quadratic, beta=b, alpha=e), a)
+
+
+# In powers of G a polynomial of degree 4 has terms forty times its value: half precision could not hold it. In powers
+# of G - 0.55 (the middle of the interval) they are of its own size.
+_CENTER = 0.55
+
+
+@cache
+def _about_center(step: Step) -> Step:
+    """The same polynomial in powers of G - _CENTER."""
+    powers = range(len(step))
+    return tuple(sum(step[n] * comb(n, k) * _CENTER ** (n - k) for n in powers if n >= k) for k in powers)
+
+
+def _add_to_diagonal(stack: Tensor, value: float) -> Tensor:
+    """In place."""
+    stack.diagonal(dim1=-2, dim2=-1).add_(value)
+    return stack
 
 
 def msign(matrix: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from blueberry.polar import (
-    _FOUR_STEPS,
     COEFFICIENTS,
-    FOUR_STEPS,
-    POLAR_EXPRESS,
+    ROBUST,
     coefficient_steps,
     msign,
     newton_schulz,
@@ -32,23 +30,14 @@ def with_condition(rows: int, columns: int, condition: float, seed: int = 0) -> 
     return u * torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), short, dtype=torch.float64) @ v.T
 
 
-def polynomial(sigma: torch.Tensor, steps: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
-    """The definition: the scalar iteration on each singular value."""
-    for a, b, c in steps:
-        sigma = a * sigma + b * sigma**3 + c * sigma**5
-    return sigma
-
-
 def expected_factor(matrix: torch.Tensor, coefficients: str) -> torch.Tensor:
-    """What newton_schulz computes, by its definition on the singular values."""
+    """What newton_schulz computes, by its definition: the scalar iteration on each singular value."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    frobenius, bound = sigma.square().sum().sqrt(), sigma.pow(4).sum().pow(0.25)
-    if coefficients == "adaptive":
-        steps = FOUR_STEPS if frobenius >= 2.6 * bound else POLAR_EXPRESS
-        scaled = polynomial(sigma / bound, steps)
-    else:
-        scaled = polynomial(sigma / frobenius, coefficient_steps(coefficients))
-    return (u * scaled) @ vh
+    tight, published = sigma.pow(4).sum().pow(0.25), sigma.square().sum().sqrt()
+    sigma = sigma / (tight if coefficients == "robust" else published)
+    for step in coefficient_steps(coefficients):
+        sigma = sum(c * sigma ** (2 * i + 1) for i, c in enumerate(step))
+    return (u * sigma) @ vh
 
 
 @pytest.mark.parametrize("coefficients", sorted(COEFFICIENTS))
@@ -61,24 +50,40 @@ def test_newton_schulz_applies_its_polynomial_to_the_singular_values(shape, coef
                                rtol=0, atol=1e-9)  # fmt: skip
 
 
-def greedy_minimax(lower: float, count: int) -> list[tuple[float, float, float]]:
-    """Oracle: each step the odd quintic with the smallest largest deviation from 1, by linear programming."""
-    steps, low, high = [], lower, 1.0
-    for _ in range(count):
-        x = np.concatenate([np.geomspace(low, high, 3000), np.linspace(low, high, 3000)])
-        powers = np.stack([x, x**3, x**5, np.zeros_like(x)], axis=1)
-        deviation = np.array([0.0, 0.0, 0.0, 1.0])
-        bounds = np.concatenate([powers - deviation, -powers - deviation])
-        sides = np.concatenate([np.ones_like(x), -np.ones_like(x)])
-        solution = linprog(deviation, A_ub=bounds, b_ub=sides, bounds=[(None, None)] * 4, method="highs").x
-        steps.append(tuple(solution[:3]))
-        low, high = 1 - solution[3], 1 + solution[3]
-    return steps
+def odd_powers(x: np.ndarray, degree: int) -> np.ndarray:
+    return np.stack([x**n for n in range(1, degree + 1, 2)], axis=1)
 
 
-def test_the_four_step_table_is_the_greedy_minimax_solution():
-    for ours, oracle in zip(_FOUR_STEPS, greedy_minimax(0.005, 4), strict=True):
-        assert ours == pytest.approx(oracle, rel=2e-4)  # the grid of the linear program
+def steepest_step(degree: int, guard: float, floor: float) -> np.ndarray:
+    """Oracle: the odd polynomial of largest slope at 0 with p <= 1 on [0, guard] and p >= floor right of its first
+    maximum, by linear programming."""
+    x = np.linspace(1e-3, guard, 2000)
+    powers, right = odd_powers(x, degree), x >= 0.7 / degree
+    bounds, sides = (
+        np.concatenate([powers, -powers[right]]),
+        np.concatenate([np.ones_like(x), np.full(right.sum(), -floor)]),
+    )
+    return linprog(
+        -np.eye(powers.shape[1])[0], A_ub=bounds, b_ub=sides, bounds=[(None, None)] * powers.shape[1], method="highs"
+    ).x
+
+
+def minimax_step(degree: int, low: float, high: float) -> np.ndarray:
+    """Oracle: the odd polynomial with the smallest largest deviation from 1 on [low, high]."""
+    x = np.concatenate([np.geomspace(low, high, 2000), np.linspace(low, high, 2000)])
+    powers, one = odd_powers(x, degree), np.ones((len(x), 1))
+    bounds, sides = np.block([[powers, -one], [-powers, -one]]), np.concatenate([one, -one])[:, 0]
+    cost = np.eye(powers.shape[1] + 1)[-1]
+    return linprog(cost, A_ub=bounds, b_ub=sides, bounds=[(None, None)] * len(cost), method="highs").x[:-1]
+
+
+def test_the_default_coefficients_solve_the_problems_that_they_are_documented_to_solve():
+    weakest = 0.00134
+    for ours, degree, guard in zip(ROBUST[:-1], (5, 9, 5), (1.01, 1.02, 1.06), strict=True):
+        assert ours == pytest.approx(steepest_step(degree, guard, 0.2), rel=1e-3)  # the grid of the linear program
+        weakest *= ours[0]
+    assert weakest == pytest.approx(0.146, abs=1e-3)
+    assert ROBUST[-1] == pytest.approx(minimax_step(9, weakest, 1.03), rel=1e-3)
 
 
 def torch_factor(matrix: torch.Tensor) -> torch.Tensor:
@@ -94,6 +99,10 @@ def hard_matrix(kind: str, rows: int, columns: int) -> torch.Tensor:
     short = min(rows, columns)
     if kind == "rank deficient":
         return gaussian(rows, short // 8) @ gaussian(short // 8, columns, seed=1)
+    if kind == "parallel rows":  # a weak direction in two rows only, next to a strong one: rounding hits it hardest
+        matrix = gaussian(rows, columns)
+        matrix[1::2] = matrix[::2] + 0.02 * matrix[1::2]
+        return matrix
     if kind.startswith("dominant"):
         sigma = torch.full((short,), float(kind.split()[1]), dtype=torch.float64)
         sigma[0] = 1.0
@@ -104,7 +113,9 @@ def hard_matrix(kind: str, rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(96, 96), (192, 96), (96, 384)], ids=str)
-@pytest.mark.parametrize("kind", ["gaussian", "1e2", "1e4", "rank deficient", "dominant 0.01", "dominant 0.0017"])
+@pytest.mark.parametrize(
+    "kind", ["gaussian", "1e2", "1e4", "rank deficient", "dominant 0.01", "dominant 0.0017", "parallel rows"]
+)
 def test_singular_values_are_near_one_wherever_those_of_torch_muon_are(kind, shape, dtype):
     matrix = hard_matrix(kind, *shape)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -113,33 +124,25 @@ def test_singular_values_are_near_one_wherever_those_of_torch_muon_are(kind, sha
     fine = (theirs > 0.65) & (theirs < 1.25)
     assert fine.any()
     assert ours[fine].min() > 0.65 and ours[fine].max() < 1.25
-    assert torch.linalg.svdvals(factor).max() < 1.3  # no blow-up anywhere
+    assert torch.linalg.svdvals(factor).max() < 1.35  # no blow-up anywhere
 
 
 @pytest.mark.parametrize(
-    ("coefficients", "low", "high"), [("keller_jordan", 0.65, 1.25), ("polar_express", 0.85, 1.15)]
+    ("coefficients", "low", "high"),
+    [("keller_jordan", 0.65, 1.25), ("robust", 0.8, 1.2), ("polar_express", 0.85, 1.15)],
 )
 def test_newton_schulz_brings_singular_values_of_gaussian_matrices_close_to_one(coefficients, low, high):
     sigma = torch.linalg.svdvals(newton_schulz(gaussian(256, 64), coefficients=coefficients))
     assert low < sigma.min() and sigma.max() < high
 
 
-def test_hard_and_easy_matrices_of_one_stack_get_what_they_would_get_alone():
-    stack = torch.stack([hard_matrix("gaussian", 32, 64), hard_matrix("dominant 0.01", 32, 64), torch.zeros(32, 64)])
-    torch.testing.assert_close(
-        newton_schulz(stack), torch.stack([newton_schulz(m) for m in stack]), rtol=0, atol=1e-12
-    )
-
-
 @settings(deadline=None, max_examples=30)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), exponent=st.integers(-20, 20), seed=st.integers(0, 1000))
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), exponent=st.integers(-66, 66), seed=st.integers(0, 1000))
 def test_newton_schulz_does_not_depend_on_scale(rows, columns, exponent, seed):
     matrix = gaussian(rows, columns, seed=seed, dtype=torch.float32)
     expected = newton_schulz(matrix, dtype=torch.float32)
-    # float32 rounding of the scaled entries (6e-8 relative) grows by at most the polynomial's slope at 0 (about 1000)
-    torch.testing.assert_close(
-        newton_schulz(matrix * 10.0**exponent, dtype=torch.float32), expected, rtol=0, atol=5e-4
-    )
+    # powers of two round nothing, but in float32 the polynomial's slope at 0 (560) grows what order of sums changes
+    torch.testing.assert_close(newton_schulz(matrix * 2.0**exponent, dtype=torch.float32), expected, rtol=0, atol=5e-4)
 
 
 def test_zero_in_gives_zero_out_and_the_input_is_never_written():
@@ -180,7 +183,7 @@ def test_msign_of_a_rank_deficient_matrix_is_the_partial_isometry():
 
 
 def test_bad_arguments_are_named_with_the_remedy():
-    with pytest.raises(ValueError, match=r"coefficients='jordan'.*keller_jordan, polar_express"):
+    with pytest.raises(ValueError, match=r"coefficients='jordan'.*keller_jordan, polar_express, robust"):
         newton_schulz(torch.ones(2, 2), coefficients="jordan")
     with pytest.raises(ValueError, match=r"ns_steps=0 is outside 1\.\.20"):
         newton_schulz(torch.ones(2, 2), ns_steps=0)

@@ -15,6 +15,8 @@ from ..polar import coefficient_steps, fastest_dtype, newton_schulz
 from .splits import cut, join
 
 SCALE_MODES = ("shape", "rms_match", "none")
+CPU_BATCH_BYTES, BATCH_BYTES = 32 * 2**20, 512 * 2**20
+CHUNK_ENTRIES = 2**20  # 4 MiB in float32
 
 
 def update_scale(scale_mode: str, out_features: int, in_features: int) -> float:
@@ -60,7 +62,8 @@ class Muon(Optimizer):
         orthogonalize: False steps along the momentum itself (ablation).
         ns_dtype: dtype of the Newton-Schulz products; None takes the device's fastest.
         layout: how the weights of a group hold their matrices, see `blueberry.optim.splits.Layout`.
-        batch_bytes: bound on temporary memory, as far as one matrix allows.
+        batch_bytes: bound on temporary memory, as far as one matrix allows; None takes 32 MiB on a CPU, whose caches
+            hold that, and 512 MiB elsewhere.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int | None = None,
-        coefficients: str = "adaptive",
+        coefficients: str = "robust",
         scale_mode: str = "shape",
         weight_decay: float = 0.0,
         cautious: bool = False,
@@ -78,7 +81,7 @@ class Muon(Optimizer):
         orthogonalize: bool = True,
         layout: Sequence | None = None,
         ns_dtype: torch.dtype | None = None,
-        batch_bytes: int = 128 * 2**20,
+        batch_bytes: int | None = None,
     ):
         self.ns_dtype = ns_dtype
         self.batch_bytes = batch_bytes
@@ -131,7 +134,7 @@ class Muon(Optimizer):
             weight = piece.weight
             alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(piece)
         for pieces in alike.values():
-            size = max(1, self.batch_bytes // max(1, _temporary_bytes(pieces[0].weight)))
+            size = self._fitting(pieces[0].weight)
             for start in range(0, len(pieces), size):
                 yield pieces[start : start + size]
 
@@ -144,11 +147,25 @@ class Muon(Optimizer):
             if parameter.ndim == 2:
                 yield _Piece(parameter, parameter.grad, state)
                 continue
-            experts = max(1, self.batch_bytes // max(1, _temporary_bytes(parameter[0])))
+            experts = self._fitting(parameter[0])
             for start in range(0, len(parameter), experts):
                 chosen = slice(start, start + experts)
                 views = {name: tensor[chosen] for name, tensor in state.items()}
                 yield _Piece(parameter[chosen], parameter.grad[chosen], views)
+
+    def _fitting(self, weight: Tensor) -> int:
+        """How many weights like this one a batch may have, at least one."""
+        limit = self.batch_bytes or (CPU_BATCH_BYTES if weight.device.type == "cpu" else BATCH_BYTES)
+        short, long = sorted(weight.shape[-2:])
+        matrices = weight.numel() // max(1, short * long)
+        # in the dtype of the products three of the weight's size and six Gram matrices; one update in float32
+        size = self._product_dtype(weight).itemsize * (3 * short * long + 6 * short * short) + 4 * short * long
+        return max(1, limit // max(1, matrices * size))
+
+    def _product_dtype(self, weight: Tensor) -> torch.dtype:
+        if weight.dtype == torch.float64:
+            return torch.float64
+        return self.ns_dtype or fastest_dtype(weight.device)
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, created when first asked for."""
@@ -182,23 +199,37 @@ class Muon(Optimizer):
     def _directions(self, pieces: list[_Piece], group: dict[str, Any]) -> Tensor:
         """Gradients with momentum, stacked, in the dtype of the products: (pieces, ..., out, in)."""
         weight = pieces[0].weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if group["orthogonalize"] and dtype != torch.float64:
-            dtype = self.ns_dtype or fastest_dtype(weight.device)
+        dtype = self._product_dtype(weight) if group["orthogonalize"] else _wide(weight.dtype)
         stack = torch.empty(len(pieces), *weight.shape, dtype=dtype, device=weight.device)
         for place, piece in zip(stack.unbind(), pieces, strict=True):
-            place.copy_(_direction(piece, group))
+            _write_direction(place, piece, group)
         return stack
 
 
-def _direction(piece: _Piece, group: dict[str, Any]) -> Tensor:
-    """Gradient with momentum, in the dtype of the momentum buffer."""
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _write_direction(place: Tensor, piece: _Piece, group: dict[str, Any]) -> None:
+    """Gradient with momentum, computed in the dtype of the momentum buffer, into `place`."""
     momentum = group["momentum"]
-    gradient = piece.gradient.to(torch.promote_types(piece.weight.dtype, torch.float32))
     if momentum == 0:
-        return gradient
-    buffer = piece.state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-    return gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+        place.copy_(piece.gradient)
+        return
+    for part, gradient, buffer in _in_chunks(place, piece.gradient, piece.state["momentum_buffer"]):
+        gradient = gradient.to(buffer.dtype)
+        buffer.lerp_(gradient, 1 - momentum)
+        part.copy_(gradient.lerp(buffer, momentum) if group["nesterov"] else buffer)
+
+
+def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors of one shape along the first dimension, so that temporaries stay in a CPU's caches."""
+    first = tensors[0]
+    if first.device.type != "cpu":
+        yield tensors
+        return
+    length = max(1, CHUNK_ENTRIES // max(1, first.numel() // len(first)))
+    yield from zip(*(tensor.split(length) for tensor in tensors), strict=True)
 
 
 def _is_transposed(group: dict[str, Any]) -> bool:
@@ -227,18 +258,12 @@ def normalize_neurons(update: Tensor, second_moment: Tensor, beta: float) -> Ten
 def _apply(weight: Tensor, update: Tensor, group: dict[str, Any], scale: float) -> None:
     """weight <- (1 - lr * weight_decay) weight - lr * scale * update."""
     decay = group["lr"] * group["weight_decay"]
-    if decay and group["cautious"]:
-        weight.sub_(weight * (weight * update > 0), alpha=decay)
-    elif decay:
-        weight.mul_(1 - decay)
-    weight.add_(update, alpha=-group["lr"] * scale)
-
-
-def _temporary_bytes(weight: Tensor) -> int:
-    """Bytes that orthogonalizing takes besides the weight and its state: about four copies and five Gram matrices."""
-    short, long = sorted(weight.shape[-2:])
-    matrices = weight.numel() // max(1, short * long)
-    return matrices * 4 * (4 * short * long + 5 * short * short)
+    for part, change in _in_chunks(weight, update):
+        if decay and group["cautious"]:
+            part.sub_(part * (part * change > 0), alpha=decay)
+        elif decay:
+            part.mul_(1 - decay)
+        part.add_(change, alpha=-group["lr"] * scale)
 
 
 def _check_group(group: dict[str, Any]) -> None:

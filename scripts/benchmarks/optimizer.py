@@ -87,22 +87,23 @@ def benchmark_optimizer(name: str, repeats: int) -> Iterator[Record]:
         yield {"benchmark": "optimizer", "set": name, "optimizer": key, "step_ms": round(1000 * value, 1),
                "over_fastest_peer": round(value / fastest_peer, 3), "n": repeats, **machine()}  # fmt: skip
     rate = gemm_rate(shapes)
-    flops = sum(four_step_flops(shape) for shape in shapes)
-    yield {"benchmark": "optimizer", "set": name, "limit": "products alone at the measured GEMM rate",
+    flops = sum(default_flops(shape) for shape in shapes)
+    yield {"benchmark": "optimizer", "set": name, "limit": "its products alone at the measured GEMM rate",
            "gflop": round(flops / 1e9, 1), "gflop_per_s": round(rate / 1e9, 1),
            "step_ms": round(1000 * flops / rate, 1),
            "share_of_limit": round(flops / rate / seconds["blueberry"], 3), **machine()}  # fmt: skip
 
 
-def four_step_flops(shape: tuple[int, ...]) -> float:
-    """Floating-point operations of the four-step iteration as `polar` runs it, in full precision."""
+def default_flops(shape: tuple[int, ...]) -> float:
+    """Floating-point operations of `newton_schulz` with its defaults in half precision: see `polar._iterate`."""
     short, long = sorted(shape[-2:])
     matrices = shape[0] if len(shape) == 3 else 1
-    square = 2 * short**3
-    if long < 2 * short:  # plain: gram, its square, and the product with x, four times
-        return matrices * 4 * (2 * 2 * short**2 * long + square)
-    # Gram form: gram and last product; squares 4, products of polynomials 3, G <- P G P three times two
-    return matrices * (2 * 2 * short**2 * long + (4 + 3 + 6) * square)
+    square, tall = 2 * short**3, 2 * short**2 * long
+    polynomials = 2 * (1 + 2) * square  # of degree 5 and 9 in turn
+    if long < 2 * short:
+        return matrices * (polynomials + 4 * 2 * tall)
+    # twice: Gram matrix, P G P, product of the two polynomials, product with the stack
+    return matrices * (polynomials + 2 * (2 * tall + 3 * square))
 
 
 def gemm_rate(shapes: list[tuple[int, ...]]) -> float:
