@@ -73,8 +73,8 @@ def next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ignore_index
 
 
 def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int) -> Tensor | int:
-    """What the sum of losses is divided by."""
-    return targets.ne(ignore_index).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    """What the sum of losses is divided by; the mean of no labels is NaN, as in torch."""
+    return targets.ne(ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -68,7 +68,7 @@ class BlueberryRotaryEmbedding(nn.Module):
         return rope_init(self.config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model, but keep fp32: `model.bfloat16()` would turn position 1000 by a wrong angle."""
+        """Move with the model, but stay in fp32: angles grow with the position, and so do errors of bf16."""
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:
             frequencies, self.attention_scaling = self._initial_frequencies()

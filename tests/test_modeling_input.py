@@ -33,11 +33,12 @@ def test_a_label_outside_the_vocabulary_is_named(bad: int, skip_logits: bool):
             build()(ids, skip_logits=skip_logits, **given)
 
 
-def test_labels_that_are_all_ignored_give_no_loss_or_nan():
-    # the mean over no labels is 0 / 0, as in torch; the sum over a global count is zero
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_the_loss_of_no_labels_is_that_of_torch_with_and_without_logits(skip_logits: bool):
     model, ids = build().train(), tokens(1, 4)
     labels = torch.full_like(ids, -100)
-    assert model(ids, labels=labels, num_items_in_batch=7).loss == 0
+    assert model(ids, labels=labels, skip_logits=skip_logits).loss.isnan()  # a mean of nothing
+    assert model(ids, labels=labels, skip_logits=skip_logits, num_items_in_batch=7).loss == 0
 
 
 def test_a_mask_that_does_not_reach_the_last_token_is_refused():
