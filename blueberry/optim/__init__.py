@@ -2,8 +2,19 @@
 
 from .build import build_optimizer
 from .composed import ComposedOptimizer
+from .manifold import create_manifold_optimizer
+from .manifold_muon import HypersphereMuon, StiefelMuon
 from .muon import Muon
 from .param_groups import assign_parameters
 from .splits import Layout
 
-__all__ = ["ComposedOptimizer", "Layout", "Muon", "assign_parameters", "build_optimizer"]
+__all__ = [
+    "ComposedOptimizer",
+    "HypersphereMuon",
+    "Layout",
+    "Muon",
+    "StiefelMuon",
+    "assign_parameters",
+    "build_optimizer",
+    "create_manifold_optimizer",
+]

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UsageError
 from .composed import ComposedOptimizer
+from .groups import adamw_groups, can_fuse, matrix_groups, pop_adamw_settings
+from .manifold import create_manifold_optimizer
 from .muon import Muon
 from .param_groups import Assignment, assign_parameters
 from .splits import Layout
@@ -17,7 +18,7 @@ from .splits import Layout
 if TYPE_CHECKING:
     from ..training.arguments import BlueberryTrainingArguments
 
-OPTIMIZERS = ("muon", "adamw")
+OPTIMIZERS = ("muon", "adamw", "manifold")
 
 
 def build_optimizer(
@@ -39,7 +40,8 @@ def build_optimizer(
         layouts: regular expression -> `Layout` of transposed or fused weights that are not known, see `splits`.
         split_heads: orthogonalize each head of query, key and value projections by itself.
         max_skipped_steps: steps with inf or NaN in the gradients that may be skipped in a row.
-        settings: `optimizer` (`muon`, or `adamw` for everything), `muon_lr`, `adamw_lr`, `weight_decay` (decoupled, of
+        settings: `optimizer` (`muon`; `adamw` for everything; `manifold`, see `create_manifold_optimizer`, whose
+            settings it takes, with `muon_lr` for `base_lr`), `muon_lr`, `adamw_lr`, `weight_decay` (decoupled, of
             both, not on norms and biases), `adam_beta1`, `adam_beta2`, `adam_epsilon`, `max_grad_norm` (of the AdamW
             parameters; 0 for none), and any of Muon's own: `momentum`, `nesterov`, `ns_steps`, ...
 
@@ -52,18 +54,22 @@ def build_optimizer(
     kind = values.pop("optimizer", "muon")
     if kind not in OPTIMIZERS:
         raise UsageError(f"optimizer={kind!r} is unknown: use one of {', '.join(OPTIMIZERS)}")
+    if kind == "manifold":
+        values["base_lr"] = values.pop("muon_lr", None)
+        routing = {"rules": rules, "layouts": layouts, "split_heads": split_heads}
+        return create_manifold_optimizer(model, max_skipped_steps=max_skipped_steps, **routing, **values)
     assignments = assign_parameters(model, rules, layouts, split_heads)
     if kind == "adamw":
         assignments = [_without_muon(assignment) for assignment in assignments]
-    adamw = _pop_adamw_settings(values)
+    adamw = pop_adamw_settings(values)
     parts: dict[str, torch.optim.Optimizer] = {}
     if kind == "muon":
-        groups = _muon_groups(assignments)
+        groups = matrix_groups(assignments, "muon", "muon")
         _check_muon(groups, values)
         parts["muon"] = Muon(groups, lr=values.pop("muon_lr", 0.02), **values)
-    if adamw_groups := _adamw_groups(assignments, adamw):
+    if rest := adamw_groups(assignments, adamw):
         parts["adamw"] = torch.optim.AdamW(
-            adamw_groups, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"], fused=_can_fuse(adamw_groups)
+            rest, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"], fused=can_fuse(rest)
         )
     if not parts:
         raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to optimize")
@@ -71,7 +77,13 @@ def build_optimizer(
 
 
 def _settings_of(args: "BlueberryTrainingArguments") -> dict[str, Any]:
-    return {
+    manifold = {
+        "preset": args.manifold_preset,
+        "attention_only": args.manifold_attention_only,
+        "modular_lr": args.manifold_modular_lr,
+        "hypersphere_lr": args.hypersphere_lr,
+    }
+    return (manifold if args.optimizer == "manifold" else {}) | {
         "optimizer": args.optimizer,
         "muon_lr": args.muon_lr,
         "adamw_lr": args.adamw_lr,
@@ -85,45 +97,10 @@ def _settings_of(args: "BlueberryTrainingArguments") -> dict[str, Any]:
     }
 
 
-def _pop_adamw_settings(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "lr": values.pop("adamw_lr", 0.008),
-        "betas": (values.pop("adam_beta1", 0.9), values.pop("adam_beta2", 0.95)),
-        "eps": values.pop("adam_epsilon", 1e-8),
-        "max_grad_norm": values.pop("max_grad_norm", 1.0) or 0.0,
-        "weight_decay": values.get("weight_decay", 0.0),
-    }
-
-
 def _without_muon(assignment: Assignment) -> Assignment:
     if assignment.optimizer != "muon":
         return assignment
     return replace(assignment, optimizer="adamw", reason=f"{assignment.reason}; optimizer=adamw", layout=None)
-
-
-def _named(assignments: list[Assignment], optimizer: str) -> list[tuple[str, Tensor]]:
-    return [(a.name, a.parameter) for a in assignments if a.optimizer == optimizer]
-
-
-def _muon_groups(assignments: list[Assignment]) -> list[dict[str, Any]]:
-    """One group for each layout, plain matrices first; the layout goes in as a plain tuple, which checkpoints take."""
-    by_layout: dict[Layout | None, list[tuple[str, Tensor]]] = {}
-    for assignment in assignments:
-        if assignment.optimizer == "muon":
-            by_layout.setdefault(assignment.layout, []).append((assignment.name, assignment.parameter))
-    ordered = sorted(by_layout.items(), key=lambda item: item[0] is not None)  # stable: plain ones first
-    names = _group_names([layout for layout, _ in ordered])
-    return [
-        {"params": named, "name": name, "layout": None if layout is None else tuple(layout)}
-        for name, (layout, named) in zip(names, ordered, strict=True)
-    ]
-
-
-def _group_names(layouts: list[Layout | None]) -> list[str]:
-    """`muon` for the first, then `muon_transposed`, `muon_split_1`, `muon_split_2`, ..."""
-    splits = count(1)
-    rest = (f"muon_split_{next(splits)}" if layout.shape else "muon_transposed" for layout in layouts[1:])
-    return ["muon", *rest][: len(layouts)]
 
 
 def _check_muon(groups: list[dict[str, Any]], values: dict[str, Any]) -> None:
@@ -132,25 +109,3 @@ def _check_muon(groups: list[dict[str, Any]], values: dict[str, Any]) -> None:
     known = set(Muon.__init__.__code__.co_varnames) | {"muon_lr"}
     if unknown := sorted(set(values) - known):
         raise UsageError(f"setting {unknown[0]!r} is unknown: neither Muon nor AdamW takes it")
-
-
-def _adamw_groups(assignments: list[Assignment], adamw: dict[str, Any]) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay, vectors without."""
-    groups = []
-    for name, is_vector, decay in (("adamw", False, adamw["weight_decay"]), ("adamw_vectors", True, 0.0)):
-        chosen = [a for a in assignments if a.optimizer == "adamw" and (a.group == "vectors") == is_vector]
-        if chosen:
-            groups.append(
-                {
-                    "params": _named(chosen, "adamw"),
-                    "name": name,
-                    "weight_decay": decay,
-                    "max_grad_norm": adamw["max_grad_norm"],
-                }
-            )
-    return groups
-
-
-def _can_fuse(groups: list[dict[str, Any]]) -> bool:
-    """torch's fused AdamW kernel exists for these devices."""
-    return all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from ..errors import UsageError
 from .audit import FIRST_STEPS, Row, UpdateMeter, audit_warnings, parameter_names
+from .constraints import Report, check_constraints, constraint_metrics
 from .finite import first_non_finite, gradient_norms
+from .manifold_muon import ManifoldOptimizer
 from .muon import Muon, restore_state_dtype
 from .param_groups import Assignment
 
@@ -110,6 +112,8 @@ class ComposedOptimizer(Optimizer):
                              "the settings of the run that was saved")  # fmt: skip
         super().load_state_dict(state_dict)
         restore_state_dtype(self, state_dict)
+        for _, part in self._manifold_parts():
+            part.expect_other_weights()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the part that `param_group["optimizer"]` names."""
@@ -131,6 +135,23 @@ class ComposedOptimizer(Optimizer):
             | self._meter.measurements.get(a.name, {})
             for a in self.assignments
         ]
+
+    def check_constraints(self) -> Report:
+        """Constraint errors of the parts on a manifold, see `blueberry.optim.constraints.check_constraints`."""
+        return check_constraints(self._manifold_parts())
+
+    def log_metrics(self, prefix: str = "optimizer") -> dict[str, float]:
+        """What a logger wants: gradient norm, skipped steps, and how the constraints and the dual solver fare.
+
+        See `blueberry.optim.constraints.constraint_metrics` for the names.
+        """
+        own = {f"{prefix}/skipped_steps": float(self.skipped_steps)}
+        if self.gradient_norm is not None:
+            own[f"{prefix}/grad_norm"] = self.gradient_norm
+        return own | constraint_metrics(self._manifold_parts(), prefix)
+
+    def _manifold_parts(self) -> list[tuple[str, ManifoldOptimizer]]:
+        return [(name, part) for name, part in self.optimizers.items() if isinstance(part, ManifoldOptimizer)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

@@ -304,7 +304,6 @@ def restore_state_dtype(optimizer: Optimizer, state_dict: dict[str, Any]) -> Non
     saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in zip(saved_ids, parameters, strict=True):
-        for name in ("momentum_buffer", "neuron_second_moment"):
-            saved = state_dict["state"].get(index, {}).get(name)
-            if saved is not None and saved.dtype != optimizer.state[parameter][name].dtype:
+        for name, saved in state_dict["state"].get(index, {}).items():
+            if isinstance(saved, Tensor) and saved.dtype != optimizer.state[parameter][name].dtype:
                 optimizer.state[parameter][name] = saved.to(parameter.device, copy=True)

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import UsageError
 from ..optim.build import OPTIMIZERS
+from ..optim.manifold import PRESETS
 from ..optim.muon import SCALE_MODES
 from .hub_access import hub_is_reachable
 
@@ -21,7 +22,7 @@ from .hub_access import hub_is_reachable
 _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps",
      lambda value: value >= 1, "at least 1"),
-    ("muon_lr adamw_lr learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers eval_delay "
+    ("muon_lr adamw_lr hypersphere_lr learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers eval_delay "
      "neftune_noise_alpha", lambda value: 0 <= value < inf, "a finite number of at least 0"),
     ("muon_momentum adam_beta1 adam_beta2 label_smoothing_factor", lambda value: 0 <= value < 1,
      "at least 0 and below 1"),
@@ -47,13 +48,33 @@ class BlueberryTrainingArguments(TrainingArguments):
     `optim`, `max_steps` or `num_train_epochs` beside `train_tokens`).
     """
 
-    optimizer: str = field(default="muon", metadata={"help": "muon (hybrid of Muon and AdamW) or adamw (everything)."})
+    optimizer: str = field(
+        default="muon",
+        metadata={
+            "help": "muon (hybrid of Muon and AdamW), adamw (everything), or manifold (matrices stay orthonormal, "
+            "embedding and router rows keep their norms)."
+        },
+    )
     muon_lr: float = field(default=0.02, metadata={"help": "Learning rate of hidden matrices and experts."})
     adamw_lr: float = field(default=0.008, metadata={"help": "Learning rate of what AdamW optimizes."})
     muon_momentum: float = field(default=0.95, metadata={"help": "Muon's momentum; 0 switches it off."})
     scale_mode: str = field(
         default="shape",
         metadata={"help": "Muon's update scale: shape, rms_match (AdamW's learning rates carry over) or none."},
+    )
+    manifold_preset: str = field(
+        default="balanced",
+        metadata={"help": "conservative, balanced or aggressive: dual steps of --optimizer manifold (not its lr)."},
+    )
+    manifold_attention_only: bool = field(
+        default=False, metadata={"help": "Constrain the attention's matrices only; Muon and AdamW take the rest."}
+    )
+    manifold_modular_lr: bool = field(
+        default=False, metadata={"help": "Scale the lr of orthonormal matrices by (layer+1)/layers * sqrt(out/in)."}
+    )
+    hypersphere_lr: float | None = field(
+        default=None,
+        metadata={"help": "Step of embedding and router rows over their norm, with manifold (default: --muon_lr)."},
     )
     train_tokens: int | None = field(
         default=None, metadata={"help": "Tokens to train on, over all processes; sets the number of steps."}
@@ -105,7 +126,7 @@ class BlueberryTrainingArguments(TrainingArguments):
         self._check_services()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         if self.optim not in _ADAMW_NAMES:
-            raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon or adamw")
+            raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon, adamw or manifold")
 
     def _check_optimizer(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -115,6 +136,8 @@ class BlueberryTrainingArguments(TrainingArguments):
         for name in ("optim_args", "optim_target_modules"):
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name} {getattr(self, name)} has no effect on the hybrid optimizer: remove it")
+        if self.manifold_preset not in PRESETS:
+            raise UsageError(f"--manifold_preset {self.manifold_preset} is unknown: use one of {', '.join(PRESETS)}")
 
     def _check_numbers(self) -> None:
         """Values that would fail, or silently do nothing, only once data and model are there."""
@@ -148,7 +171,7 @@ class BlueberryTrainingArguments(TrainingArguments):
 
     def _map_learning_rate(self) -> None:
         if self.learning_rate is not None and self.learning_rate != self.adamw_lr:
-            if self.optimizer == "muon":
+            if self.optimizer != "adamw":
                 raise UsageError(
                     f"--learning_rate {self.learning_rate} is ambiguous for the hybrid optimizer: "
                     "use --muon_lr (matrices, experts) and --adamw_lr (the rest)"
