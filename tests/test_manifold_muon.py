@@ -269,7 +269,7 @@ def test_a_padding_row_of_zeros_stays_zero_unless_a_radius_is_given():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: StiefelMuon([{"params": p, "weight_decay": 0.1}]), r"weight_decay=0\.1 has no effect on StiefelMuon"),
+        (lambda p: StiefelMuon([{"params": p, "weight_decay": 1}]), "weight_decay=1 has no effect on StiefelMuon"),
         (lambda p: HypersphereMuon([{"params": p, "weight_decay": 0.1}]), "has no effect on HypersphereMuon"),
         (lambda p: StiefelMuon(p, lr=-1.0), r"lr=-1\.0 is negative"),
         (lambda p: StiefelMuon(p, momentum=1.0), r"momentum=1\.0 is outside \[0, 1\)"),
@@ -284,7 +284,7 @@ def test_a_padding_row_of_zeros_stays_zero_unless_a_radius_is_given():
         (lambda p: StiefelMuon([("bias", nn.Parameter(torch.ones(3)))]), r"bias has shape \(3,\).*give it to AdamW"),
         (lambda p: HypersphereMuon([("bias", nn.Parameter(torch.ones(3)))]), r"bias has shape \(3,\)"),
         (lambda p: StiefelMuon([("w", nn.Parameter(torch.zeros(3, 2)))]), "w: a matrix of shape .* is zero"),
-        (lambda p: StiefelMuon([("w", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))]), "w is torch.complex64"),
+        (lambda p: StiefelMuon([("w", nn.Parameter(torch.ones(2, 2).cfloat()))]), "w is torch.complex64"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line_with_value_and_remedy(make, message):

@@ -1,4 +1,4 @@
-"""The steepest tangent direction against a long dual ascent in float64 that knows nothing of the solver's shortcuts."""
+"""The steepest tangent direction against a long dual ascent in float64 that shares nothing with the solver."""
 
 from functools import cache
 
