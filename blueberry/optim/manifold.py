@@ -166,7 +166,7 @@ def _sphere_groups(assignments: Sequence[Assignment]) -> list[dict[str, Any]]:
 
 
 def _put_on_sphere(groups: Sequence[dict[str, Any]], radius: float | None, repair: bool) -> None:
-    """Give all rows but those of zeros the radius, which the optimizer then keeps; rows that have it are not touched."""
+    """Give all rows but those of zeros the radius, which the optimizer keeps; rows that have it stay as they are."""
     if radius is None:
         return
     check_radius(radius)
