@@ -27,6 +27,10 @@ class TrackingArguments:
     track_every_n_steps: int | None = field(
         default=None, metadata={"help": "Steps between spectral logs; by default a few dozen logs, dense at first."}
     )
+    on_violation: str = field(
+        default="warn",
+        metadata={"help": "When a weight of --optimizer manifold leaves its manifold: warn, project or stop."},
+    )
 
 
 def main() -> None:
@@ -119,6 +123,7 @@ def make_trainer(model, data, args, callbacks):
 
 def make_callbacks(model, tracking_args, args) -> list:
     from trainer_callbacks import (
+        ManifoldConstraintCallback,
         RouterMetricsCallback,
         SpectralMetricsCallback,
         StepTimeCallback,
@@ -130,6 +135,8 @@ def make_callbacks(model, tracking_args, args) -> list:
         args.report_to.remove("tensorboard")  # ours takes its place: one log in one fixed folder
         board = TensorBoardCallback()
         callbacks.append(board)
+    if args.optimizer == "manifold":
+        callbacks.append(ManifoldConstraintCallback(board, on_violation=tracking_args.on_violation))
     if tracking_args.track_manifold:
         callbacks.append(SpectralMetricsCallback(every_n_steps=tracking_args.track_every_n_steps, tensorboard=board))
         callbacks.append(StepTimeCallback(board))

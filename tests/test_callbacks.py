@@ -399,7 +399,7 @@ def test_step_times_cover_the_optimizer_and_tokens_per_second_count_all_tokens(t
     run.train()
     numbers = callback.summary()
     assert 20 <= numbers["optimizer_step_ms"] <= numbers["step_ms"]
-    assert numbers["tokens_per_second"] == pytest.approx(3 * 2 * 8 / sum(step[0] for step in callback._steps))
+    assert numbers["tokens_per_second"] == pytest.approx(3 * 2 * 8 / sum(step["step"] for step in callback._steps))
     assert events_of(tmp_path).Scalars("time/optimizer_step_ms")[0].value == pytest.approx(
         numbers["optimizer_step_ms"]
     )

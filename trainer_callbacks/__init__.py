@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "ManifoldConstraintCallback": "manifold_constraints",
     "RouterMetricsCallback": "router_metrics",
     "SpectralMetricsCallback": "spectral_metrics",
     "StepTimeCallback": "step_time",

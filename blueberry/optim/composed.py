@@ -150,6 +150,11 @@ class ComposedOptimizer(Optimizer):
             own[f"{prefix}/grad_norm"] = self.gradient_norm
         return own | constraint_metrics(self._manifold_parts(), prefix)
 
+    def project_onto_manifolds(self) -> None:
+        """Put back what left its manifold, such as weights that other code wrote to."""
+        for _, part in self._manifold_parts():
+            part.project()
+
     def _manifold_parts(self) -> list[tuple[str, ManifoldOptimizer]]:
         return [(name, part) for name, part in self.optimizers.items() if isinstance(part, ManifoldOptimizer)]
 

@@ -1,0 +1,84 @@
+"""200 steps of manifold Muon through BlueberryTrainer: the constraint at every step, through save, kill and resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_MODEL
+from transformers import TrainerCallback
+
+from blueberry import BlueberryConfig, BlueberryForCausalLM, BlueberryTrainer, BlueberryTrainingArguments
+
+STEPS = 200
+
+
+def windows() -> list[dict[str, torch.Tensor]]:
+    """Periodic sequences: learnable in 200 steps."""
+    starts = torch.randint(0, 300, (64,), generator=torch.Generator().manual_seed(0))
+    rows = (starts[:, None] + 7 * torch.arange(16)) % 300
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+class Watch(TrainerCallback):
+    """Checks every matrix after every step, from the weights alone; dies where it is told to."""
+
+    def __init__(self, dies_after: int | None = None):
+        self.dies_after, self.worst, self.steps = dies_after, {"orthogonality": 0.0, "radius": 0.0}, []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.steps.append(state.global_step)
+        for name, weight in model.named_parameters():
+            w = weight.detach().double()
+            if "_proj" in name:
+                gram = w.mT @ w if w.shape[-2] >= w.shape[-1] else w @ w.mT
+                error = (gram - torch.eye(gram.shape[-1])).flatten(-2).norm(dim=-1).max().item()
+                self.worst["orthogonality"] = max(self.worst["orthogonality"], error)
+            elif "embed" in name or "gate" in name:
+                self.worst["radius"] = max(self.worst["radius"], (w.norm(dim=-1) - 1).abs().max().item())
+        if state.global_step == self.dies_after:
+            raise RuntimeError("killed")
+
+
+def make_trainer(folder: Path, watch: Watch, **settings) -> BlueberryTrainer:
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in SMALL_MODEL.items() if name != "model_type"}
+    model = BlueberryForCausalLM(BlueberryConfig(**sizes))
+    args = BlueberryTrainingArguments(
+        str(folder), optimizer="manifold", max_steps=STEPS, per_device_train_batch_size=4, save_steps=75,
+        eval_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    return BlueberryTrainer(model, args, train_dataset=windows(), callbacks=[watch])
+
+
+def test_the_constraint_holds_at_every_one_of_200_steps_through_save_kill_and_resume(tmp_path):
+    straight = make_trainer(tmp_path / "straight", watch := Watch())
+    straight.train()
+    assert watch.steps == list(range(1, STEPS + 1))
+    losses = [row["loss"] for row in straight.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] / 2
+
+    with pytest.raises(RuntimeError, match="killed"):
+        make_trainer(tmp_path / "killed", Watch(dies_after=100)).train()
+    resumed = make_trainer(tmp_path / "killed", again := Watch())
+    resumed.train(resume_from_checkpoint=True)
+    assert again.steps == list(range(76, STEPS + 1))
+    for worst in (watch.worst, again.worst):
+        assert worst["orthogonality"] < 1e-4 and worst["radius"] < 1e-6
+    for mine, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_bf16_weights_train_and_resume_with_the_constraint_in_their_float32_copies(tmp_path):
+    def trained(folder: Path, resume: bool = False) -> BlueberryTrainer:
+        torch.manual_seed(0)
+        trainer = make_trainer(folder, Watch())
+        trainer.model.bfloat16()
+        trainer.args.max_steps, trainer.args.save_steps = 12, 6
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
+        return trainer
+
+    straight, resumed = trained(tmp_path / "a"), trained(tmp_path / "a", resume=True)
+    for trainer in (straight, resumed):
+        assert trainer.optimizer.optimizer.check_constraints()["total_violations"] == 0
+    for mine, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert mine.dtype == torch.bfloat16 and torch.equal(mine, other)
