@@ -44,6 +44,7 @@ class ManifoldConstraintCallback(TrainerCallback):
         self.on_violation = on_violation
         self.latest: dict[str, float] = {}
         self._optimizer: ComposedOptimizer | None = None
+        self._logged = 0  # step of the last log
 
     def on_train_begin(
         self,
@@ -68,8 +69,9 @@ class ManifoldConstraintCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the numbers, and check."""
-        if self._optimizer is None or state.global_step == 0:
-            return
+        if self._optimizer is None or state.global_step in (0, self._logged):
+            return  # the summary at the end is a log of its own
+        self._logged = state.global_step
         self.latest = self._optimizer.log_metrics("manifold")
         self._check(state, control)
         if self.tensorboard is not None and state.is_world_process_zero:

@@ -20,9 +20,9 @@ class StepTimeCallback(TrainerCallback):
 
     `summary()` gives, as medians over the steps of the whole run, `step_ms`, `forward_ms`, `backward_ms` (what
     follows a forward pass, up to the next or to the optimizer) and `optimizer_step_ms`; within the last, of
-    Blueberry's optimizers, `newton_schulz_ms`, `dual_ms` and `retraction_ms`. Besides `tokens_per_second` (all ranks; needs
-    `include_num_input_tokens_seen`) and `peak_memory_gib` (CUDA). With `tensorboard`, the same numbers since the last
-    log go to `time/<name>`. Evaluation and saving lie between steps and do not count. On CUDA the device is
+    Blueberry's optimizers, `newton_schulz_ms`, `dual_ms` and `retraction_ms`. Besides `tokens_per_second` (all ranks;
+    needs `include_num_input_tokens_seen`) and `peak_memory_gib` (CUDA). With `tensorboard`, the same numbers since the
+    last log go to `time/<name>`. Evaluation and saving lie between steps and do not count. On CUDA the device is
     synchronised at each clock, so that every part's time is its own.
     """
 

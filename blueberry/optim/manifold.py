@@ -72,7 +72,7 @@ def create_manifold_optimizer(
         base_lr: spectral norm of a Stiefel step, Muon's learning rate for what is left to it.
         dual_steps, dual_lr, solver: see `blueberry.stiefel.steepest_tangent_step`.
         radius: singular value of the Stiefel matrices.
-        hypersphere_lr: step of embeddings and router rows relative to their norm; `base_lr` by default.
+        hypersphere_lr: step of embeddings and router rows relative to their norm; 10 `base_lr` by default.
         hypersphere_radius: norm that their rows get, except for rows of zeros (padding), which stay; None keeps the
             norms of the initialization. Logits of tied embeddings are bounded by it, so that a small one cannot fit.
         attention_only: only the attention's matrices on the manifold: switches the other families off.
@@ -107,7 +107,7 @@ def create_manifold_optimizer(
     }
     if groups := _sphere_groups(assignments):
         _put_on_sphere(groups, hypersphere_radius, init_on_manifold)
-        lr = values["base_lr"] if hypersphere_lr is None else hypersphere_lr
+        lr = 10 * values["base_lr"] if hypersphere_lr is None else hypersphere_lr
         parts[SPHERE] = HypersphereMuon(groups, lr=lr, init_on_manifold=init_on_manifold, **momentum)
     if groups := matrix_groups(assignments, "muon", "muon"):
         parts["muon"] = Muon(groups, lr=values["base_lr"], **settings)

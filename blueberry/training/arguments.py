@@ -74,7 +74,9 @@ class BlueberryTrainingArguments(TrainingArguments):
     )
     hypersphere_lr: float | None = field(
         default=None,
-        metadata={"help": "Step of embedding and router rows over their norm, with manifold (default: --muon_lr)."},
+        metadata={
+            "help": "Step of embedding and router rows over their norm, with manifold (default: 10 times --muon_lr)."
+        },
     )
     train_tokens: int | None = field(
         default=None, metadata={"help": "Tokens to train on, over all processes; sets the number of steps."}
