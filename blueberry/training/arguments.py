@@ -22,8 +22,9 @@ from .hub_access import hub_is_reachable
 _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps",
      lambda value: value >= 1, "at least 1"),
-    ("muon_lr adamw_lr hypersphere_lr learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers eval_delay "
-     "neftune_noise_alpha", lambda value: 0 <= value < inf, "a finite number of at least 0"),
+    ("muon_lr adamw_lr hypersphere_lr learning_rate weight_decay max_grad_norm warmup_steps "
+     "dataloader_num_workers eval_delay neftune_noise_alpha",
+     lambda value: 0 <= value < inf, "a finite number of at least 0"),
     ("muon_momentum adam_beta1 adam_beta2 label_smoothing_factor", lambda value: 0 <= value < 1,
      "at least 0 and below 1"),
     ("adam_epsilon num_train_epochs logging_steps eval_steps save_steps", lambda value: 0 < value < inf,

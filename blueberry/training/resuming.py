@@ -19,6 +19,7 @@ _FIXED = (
     *(field.name for group in (ModelArguments, DataArguments) for field in dataclasses.fields(group)),
     "optimizer", "muon_lr", "adamw_lr", "muon_momentum", "scale_mode", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "seed", "data_seed",
+    "manifold_preset", "manifold_attention_only", "manifold_modular_lr", "hypersphere_lr",
 )  # fmt: skip
 
 
