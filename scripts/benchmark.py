@@ -1,6 +1,7 @@
 """Measure Blueberry against its peers: both in one process, interleaved, medians. JSON lines on stdout.
 
 python scripts/benchmark.py optimizer [--set dense|moe] [--repeats 7] [--threads N]
+python scripts/benchmark.py spectral [--preset blueberry-88m] [--weightwatcher] [--overhead]
 """
 
 import argparse
@@ -11,7 +12,7 @@ import torch
 
 from blueberry.errors import UsageError, run_script
 
-BENCHMARKS = ("optimizer", "model")  # each a module of scripts/benchmarks with `add_arguments` and `run`
+BENCHMARKS = ("optimizer", "model", "spectral")  # each a module of scripts/benchmarks with `add_arguments` and `run`
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from blueberry.spectral import SpectralLog, spectral_metrics, update_metrics
 from trainer_callbacks import RouterMetricsCallback, SpectralMetricsCallback, StepTimeCallback, TensorBoardCallback
 from trainer_callbacks import spectral_metrics as module
 from trainer_callbacks.heatmap import heatmap
-from trainer_callbacks.spectral_metrics import log_schedule, tracked_matrices
+from trainer_callbacks.cadence import log_schedule
+from trainer_callbacks.tracked import tracked_matrices
 
 SIZES = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              intermediate_size=24, max_position_embeddings=16, head_dim=8)  # fmt: skip
@@ -66,7 +67,10 @@ class Observer(TrainerCallback):
             self.on_step_end(args, state, control, model)
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        self.weights[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for name in [name for name in weights if name.endswith("gate_up_proj")]:
+            weights[f"{name}.gate"], weights[f"{name}.up"] = weights.pop(name).chunk(2, dim=1)
+        self.weights[state.global_step] = weights
 
 
 class Crash(TrainerCallback):
@@ -122,7 +126,8 @@ def test_every_matrix_of_every_layer_is_tracked_and_experts_one_by_one(moe_run):
     log = read_log(moe_run[0])
     places = log[log["step"] == 8].groupby("projection", sort=False).size().to_dict()
     assert places == {
-        "q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_up_proj": 6, "down_proj": 6, "gate": 2
+        "q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_up_proj.gate": 6, "gate_up_proj.up": 6,
+        "down_proj": 6, "gate": 2,
     }  # fmt: skip
     assert not log["parameter"].str.contains("embed|lm_head|norm").any()
     assert sorted(log.drop_duplicates("step")["tokens"]) == [0, 96, 192, 256]  # 2 x 2 x 8 per step
@@ -305,7 +310,7 @@ def test_embeddings_and_convolutions_are_no_matrices():
     model = torch.nn.ModuleDict(
         {"embed": torch.nn.Embedding(5, 4), "conv": torch.nn.Conv1d(2, 3, 2), "linear": torch.nn.Linear(4, 3)}
     )
-    assert list(tracked_matrices(model)) == ["linear.weight"]
+    assert [one.name for one in tracked_matrices(model)] == ["linear.weight"]
 
 
 def test_default_schedule_is_dense_at_first_and_even_later():
@@ -425,6 +430,7 @@ def test_other_ranks_keep_no_copies_and_write_nothing(tmp_path):
     control = TrainerControl(should_save=True)
     callback.on_train_begin(args, state, control, model=model)
     for state.global_step in range(2):
+        callback.on_step_begin(args, state, control)
         callback.on_pre_optimizer_step(args, state, control)
         assert not callback._before
         callback.on_optimizer_step(args, state, control)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from blueberry.spectral import analysis, analyze, spectral_metrics, subspace, update_metrics
+from blueberry.spectral import analysis, analyze, spectral_metrics, update_metrics
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -93,38 +93,3 @@ def test_mismatched_updates_and_vectors_are_refused_by_name():
         analyze({"norm": noise(4)})
 
 
-def spiked(n: int, rank: int) -> torch.Tensor:
-    """A batch of Gram matrices (3, n, n) with `rank` outliers above a random bulk, as trained weights have them."""
-    generator = torch.Generator().manual_seed(n)
-    noise = lambda *shape: torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    matrices = noise(n, 2 * n) + 2 * noise(n, rank) @ noise(rank, 2 * n)
-    return matrices @ matrices.mT
-
-
-@pytest.mark.parametrize("rank", [0, 3, 5, 30])
-def test_filtered_subspaces_equal_those_of_the_full_decomposition(rank):
-    grams = spiked(100, rank)
-    values, vectors = torch.linalg.eigh(grams)
-    expected = vectors[..., -5:]
-    ritz, basis = subspace.leading_eigen(grams, 5, estimate=values.flip(-1) * 1.01)
-    outside = basis - expected @ (expected.mT @ basis)
-    assert torch.linalg.matrix_norm(outside).max() < subspace.ACCURACY
-    torch.testing.assert_close(ritz, values.flip(-1)[:, :5], rtol=1e-10, atol=0)
-
-
-def test_the_filter_is_used_for_outliers_and_given_up_for_a_flat_spectrum(monkeypatch):
-    calls = []
-    real = subspace.eigen
-    monkeypatch.setattr(subspace, "eigen", lambda grams, k: (calls.append(len(grams)), real(grams, k))[1])
-    outliers, flat = spiked(100, 5), torch.eye(100, dtype=torch.float64).expand(1, -1, -1)
-    for grams in (outliers, flat):
-        subspace.leading_eigen(grams, 5, estimate=torch.linalg.eigvalsh(grams).flip(-1))
-    assert calls == [1]
-
-
-def test_a_wrong_estimate_costs_time_and_not_accuracy():
-    grams = spiked(100, 5)
-    _, expected = subspace.eigen(grams, 5)
-    misleading = torch.linspace(100, 1e-3, 100, dtype=torch.float64).expand(3, -1)
-    _, basis = subspace.leading_eigen(grams, 5, estimate=misleading)
-    assert torch.linalg.matrix_norm(basis - expected @ (expected.mT @ basis)).max() < subspace.ACCURACY

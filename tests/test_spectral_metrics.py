@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blueberry.spectral import matrix_name, spectral_metrics, update_metrics
+from blueberry.spectral import decompose, names
 from blueberry.spectral import metrics as module
 from blueberry.spectral.chance import alignment_by_chance
 from blueberry.spectral.names import UPDATE_METRICS, WEIGHT_METRICS
@@ -137,7 +138,7 @@ def test_a_decomposition_that_does_not_converge_costs_its_own_matrix_only(monkey
         return real(grams)
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", eigvalsh)
-    monkeypatch.setattr(module, "_svdvals", lambda matrix: torch.full((2,), math.nan, dtype=torch.float64))
+    monkeypatch.setattr(decompose, "_svdvals", lambda matrix: torch.full((2,), math.nan, dtype=torch.float64))
     good, bad = module.weight_rows(torch.stack([torch.eye(2), poison * torch.eye(2)]))
     assert good["spectral_norm"] == 1 and good["reason"] is None
     assert bad["spectral_norm"] is None and "did not converge" in bad["reason"]

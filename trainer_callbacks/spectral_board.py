@@ -56,6 +56,16 @@ class SpectralBoard:
             self._history[*place, step] = {metric: _mean(experts, metric) for metric in SCALARS}
         return places
 
+    def scalars(self, step: int) -> dict[str, float]:
+        """The scalars of one step, by tag."""
+        return {
+            _tag(metric, (projection, layer)): value
+            for (projection, layer, at), values in self._history.items()
+            if at == step
+            for metric, value in values.items()
+            if value is not None
+        }
+
     def _show_scalars(self, step: int, places: Mapping[Place, list[Row]]) -> None:
         for place, experts in places.items():
             for metric, value in self._history[*place, step].items():

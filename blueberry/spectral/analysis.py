@@ -1,7 +1,7 @@
 """Metrics of many matrices at once: batched by shape, spread over threads, one BLAS thread each."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,7 +28,9 @@ def analyze(
     top_k: int = 10,
     k: int = 5,
     updated: bool = False,
-    workers: int = 1,
+    exact: bool = False,
+    power_law: bool = False,
+    workers: int | Executor = 1,
 ) -> list[Row]:
     """`spectral_metrics` of every named matrix (out, in) and stack (E, out, in), and `update_metrics` of `updates`.
 
@@ -37,28 +39,33 @@ def analyze(
 
     updated: `matrices` already contain `updates`; update metrics then refer to `matrices - updates`, the weights
         that the updates were applied to. (Measured against the result, an update aligns with itself.)
-    workers: threads; each takes a batch of equal shapes at a time and one BLAS thread.
+    exact: SVDs in fp64 throughout; by default fast, to 1e-3 relative.
+    power_law: also `power_law_exponent` (see `spectral_metrics`).
+    workers: threads, or the executor that has them; each takes a batch of equal shapes at a time and one BLAS thread.
     """
     slices = list(_slices(matrices, updates or {}))
     rows: list[Row | None] = [None] * len(slices)
     batches = list(_batches(slices))
 
     def work(indices: list[int]) -> None:
-        for i, row in zip(indices, _analyze_batch([slices[i] for i in indices], top_k, k, updated), strict=True):
+        with one_blas_thread():
+            batch = _analyze_batch([slices[i] for i in indices], top_k, k, updated, exact, power_law)
+        for i, row in zip(indices, batch, strict=True):
             rows[i] = row
 
-    with _one_blas_thread():
-        if workers == 1:
-            for batch in batches:
-                work(batch)
-        else:
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                list(pool.map(work, batches))
+    if workers == 1:
+        for batch in batches:
+            work(batch)
+    elif isinstance(workers, int):
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(work, batches))
+    else:
+        list(workers.map(work, batches))
     return rows
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """One BLAS thread for the calling thread; others, such as a training loop's, keep theirs.
 
     A symmetric eigensolver hardly uses a second thread, and on busy cores the barriers between two can cost many
@@ -100,22 +107,18 @@ def _batches(slices: list[_Matrix]) -> list[list[int]]:
     return batches
 
 
-def _analyze_batch(batch: list[_Matrix], top_k: int, k: int, updated: bool) -> list[Row]:
+def _analyze_batch(
+    batch: list[_Matrix], top_k: int, k: int, updated: bool, exact: bool, power_law: bool
+) -> list[Row]:
     weights = torch.stack([matrix.weight for matrix in batch])  # (B, out, in)
-    rows = weight_rows(weights, top_k)
+    rows = weight_rows(weights, top_k, exact=exact, power_law=power_law)
     if batch[0].update is not None:
         updates = torch.stack([matrix.update for matrix in batch]).double()
-        before, estimate = (weights.double() - updates, _spectra(rows)) if updated else (weights, None)
-        for row, update_row in zip(rows, update_rows(before, updates, k, estimate), strict=True):
+        before = weights.double() - updates if updated else weights
+        for row, update_row in zip(rows, update_rows(before, updates, k, exact=exact), strict=True):
             reasons = [reason for reason in (row["reason"], update_row["reason"]) if reason]
             row |= update_row | {"reason": "; ".join(reasons) or None}
     return [_identity(matrix) | row for matrix, row in zip(batch, rows, strict=True)]
-
-
-def _spectra(rows: list[Row]) -> Tensor | None:
-    """Singular values (B, r) of the weights, to estimate those before the update; None if some are unknown."""
-    spectra = [row["singular_values"] for row in rows]
-    return None if None in spectra else torch.tensor(spectra, dtype=torch.float64)
 
 
 def _identity(matrix: _Matrix) -> Row:

@@ -18,7 +18,12 @@ Columns (every one of them may be null but `step` and `parameter`):
 | spectral_norm ... participation_ratio | double | metrics of the weight after the step |
 | update_alignment ... update_to_weight_ratio | double | metrics of the change made by this step alone |
 | top_singular_values, singular_values | list of float | spectrum of the weight, descending |
+| weight_norm_peak, gradient_norm_peak | double | largest Frobenius norm at any step since the log before this one |
+| power_law_exponent | double | of the tail of sigma^2; null unless it was asked for |
 | reason | string | which metrics are null and why; null when none is |
+
+Version 1 had no peaks and no power_law_exponent: they are null when such a log is read. `parameter` of one matrix of
+a fused projection ends in its part (`c_attn.q`), of a LoRA adapter in `lora` (the product BA).
 """
 
 import os
@@ -33,13 +38,14 @@ import pyarrow.parquet as pq
 
 from blueberry.errors import UsageError
 
-from .names import SPECTRA, UPDATE_METRICS, WEIGHT_METRICS
+from .names import PEAK_METRICS, POWER_LAW, SPECTRA, UPDATE_METRICS, WEIGHT_METRICS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FOLDER = "spectral_log"  # name of the log inside a run folder
-VERSION = "1"
+VERSION = "2"
+_READABLE = ("1", VERSION)
 
 SCHEMA = pa.schema(
     [
@@ -52,7 +58,7 @@ SCHEMA = pa.schema(
         pa.field("parameter", pa.string(), nullable=False),
         ("rows", pa.int32()),
         ("columns", pa.int32()),
-        *((name, pa.float64()) for name in WEIGHT_METRICS + UPDATE_METRICS),
+        *((name, pa.float64()) for name in (*WEIGHT_METRICS, *UPDATE_METRICS, *PEAK_METRICS, POWER_LAW)),
         *((name, pa.list_(pa.float32())) for name in SPECTRA),
         ("reason", pa.string()),
     ],
@@ -99,13 +105,14 @@ class SpectralLog:
             kept = table.filter(pc.less_equal(table["step"], after_step))
             if len(kept) == 0:
                 part.unlink()
-            elif len(kept) < len(table):
+            elif len(kept) < len(table) or _version(pq.read_schema(part)) != VERSION:
                 self._write(kept, part.name)
 
     def clear(self) -> None:
         """Drop every row, as a run that starts over must."""
-        for path in self.path.glob("part-*.parquet"):
-            path.unlink()
+        for pattern in ("part-*.parquet", ".peaks-*.json"):
+            for path in self.path.glob(pattern):
+                path.unlink()
 
     def compact(self) -> None:
         """Merge the parts into one. A kill in between leaves superseded parts, which every method here ignores."""
@@ -144,10 +151,17 @@ class SpectralLog:
 
 def _read_part(path: Path) -> pa.Table:
     table = pq.ParquetFile(path).read()
-    version = (table.schema.metadata or {}).get(b"spectral_log_version", b"none").decode()
-    if version != VERSION:
+    version = _version(table.schema)
+    if version not in _READABLE:
         raise UsageError(f"{path} is a spectral log of version {version}, this is version {VERSION}; record it again")
-    return table
+    for field in SCHEMA:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def _version(schema: pa.Schema) -> str:
+    return (schema.metadata or {}).get(b"spectral_log_version", b"none").decode()
 
 
 def _nullable() -> dict[pa.DataType, Any]:

@@ -26,8 +26,11 @@ UPDATE_METRICS = (
     "update_spectral_entropy",
     "update_to_weight_ratio",
 )
+PEAK_METRICS = ("weight_norm_peak", "gradient_norm_peak")
+POWER_LAW = "power_law_exponent"  # computed only where it is asked for by name
 SPECTRA = ("top_singular_values", "singular_values")
-METRICS = WEIGHT_METRICS + UPDATE_METRICS + SPECTRA
+DEFAULT_METRICS = WEIGHT_METRICS + UPDATE_METRICS + PEAK_METRICS + SPECTRA
+METRICS = (*DEFAULT_METRICS, POWER_LAW)
 
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SILENT = {"weight", "experts"}  # components that say nothing about which projection it is
