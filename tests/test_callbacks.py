@@ -25,8 +25,8 @@ from blueberry.errors import UsageError
 from blueberry.spectral import SpectralLog, spectral_metrics, update_metrics
 from trainer_callbacks import RouterMetricsCallback, SpectralMetricsCallback, StepTimeCallback, TensorBoardCallback
 from trainer_callbacks import spectral_metrics as module
-from trainer_callbacks.heatmap import heatmap
 from trainer_callbacks.cadence import log_schedule
+from trainer_callbacks.heatmap import heatmap
 from trainer_callbacks.tracked import tracked_matrices
 
 SIZES = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,

@@ -91,5 +91,3 @@ def test_mismatched_updates_and_vectors_are_refused_by_name():
         analyze({"layers.0.w": noise(3, 4)}, {"layers.0.w": noise(4, 3)})
     with pytest.raises(ValueError, match=r"norm: expected a matrix or a stack of matrices, got shape \(4,\)"):
         analyze({"norm": noise(4)})
-
-

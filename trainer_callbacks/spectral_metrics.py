@@ -22,7 +22,12 @@ from blueberry.spectral.analysis import analyze
 from blueberry.spectral.log import FOLDER, SpectralLog
 from blueberry.spectral.metrics import Row, add_reason, only
 from blueberry.spectral.names import (
-    DEFAULT_METRICS, METRICS, PEAK_METRICS, POWER_LAW, UPDATE_METRICS, matrix_name
+    DEFAULT_METRICS,
+    METRICS,
+    PEAK_METRICS,
+    POWER_LAW,
+    UPDATE_METRICS,
+    matrix_name,
 )  # fmt: skip
 from blueberry.spectral.power_law import require_powerlaw
 

@@ -67,7 +67,9 @@ def tracked_matrices(model: nn.Module, modules: Iterable[Selector] | None = None
 
 
 def _worth_tracking(found: list[Place]) -> list[Place]:
-    matrices = [p for p in found if not isinstance(p.owner, nn.Embedding | _ConvNd) and ".lora_embedding_" not in p.name]
+    matrices = [
+        p for p in found if not isinstance(p.owner, nn.Embedding | _ConvNd) and ".lora_embedding_" not in p.name
+    ]
     layered = [place for place in matrices if matrix_name(place.name).layer is not None]
     return layered or matrices
 

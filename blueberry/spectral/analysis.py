@@ -107,9 +107,7 @@ def _batches(slices: list[_Matrix]) -> list[list[int]]:
     return batches
 
 
-def _analyze_batch(
-    batch: list[_Matrix], top_k: int, k: int, updated: bool, exact: bool, power_law: bool
-) -> list[Row]:
+def _analyze_batch(batch: list[_Matrix], top_k: int, k: int, updated: bool, exact: bool, power_law: bool) -> list[Row]:
     weights = torch.stack([matrix.weight for matrix in batch])  # (B, out, in)
     rows = weight_rows(weights, top_k, exact=exact, power_law=power_law)
     if batch[0].update is not None:
