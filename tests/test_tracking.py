@@ -2,6 +2,7 @@
 
 import errno
 import time
+from itertools import pairwise
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -131,7 +132,7 @@ def test_a_budget_spends_a_quarter_ahead_and_never_more_than_its_share():
             logged.append(step)
     assert budget.spent <= 0.1 * 1000 and len(logged) >= 0.9 * 0.1 * 1000 / 2  # the last log is kept in reserve
     assert logged[:11] == list(range(1, 12))  # 25 s ahead of time: 12 logs, less the reserve
-    gaps = [b - a for a, b in zip(logged[12:], logged[13:], strict=False)]
+    gaps = [b - a for a, b in pairwise(logged[12:])]
     assert max(gaps) - min(gaps) <= 1  # evenly from then on
 
 

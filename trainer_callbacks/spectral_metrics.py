@@ -232,8 +232,8 @@ class SpectralMetricsCallback(TrainerCallback):
         """What was logged, what it cost, and what went wrong, in a few lines."""
         share = self._budget.spent / max(self._budget.training_seconds, 1e-9)
         lines = [
-            f"spectral log: {self._logs} logs of {len(self._names)} matrices and stacks, {self._budget.spent:.1f} s of "
-            f"copying and computing ({share:.1%} of the time in training steps)"
+            f"spectral log: {self._logs} logs of {len(self._names)} matrices and stacks, "
+            f"{self._budget.spent:.1f} s of copying and computing ({share:.1%} of the time in training steps)"
         ]
         if self._left_out:
             lines.append(f"{self._left_out} logs were left out to keep to max_overhead={self.max_overhead}")
