@@ -127,6 +127,16 @@ def test_singular_values_are_near_one_wherever_those_of_torch_muon_are(kind, sha
     assert torch.linalg.svdvals(factor).max() < 1.35  # no blow-up anywhere
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 64), (24, 48), (64, 256), (48, 48)], ids=str)
+def test_no_spectrum_however_steep_is_blown_up(shape, dtype):
+    for seed in range(40):
+        u, _, vh = torch.linalg.svd(gaussian(*shape, seed=seed), full_matrices=False)
+        sigma = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -(0.5, 1.0, 2.0, 3.0)[seed % 4]
+        factor = newton_schulz(((u * sigma) @ vh).float(), dtype=dtype)
+        assert torch.linalg.svdvals(factor.double()).max() < 1.3
+
+
 @pytest.mark.parametrize(
     ("coefficients", "low", "high"),
     [("keller_jordan", 0.65, 1.25), ("robust", 0.8, 1.2), ("polar_express", 0.85, 1.15)],

@@ -100,7 +100,7 @@ def test_interrupted_writing_is_not_taken_for_a_tokenizer(cache, monkeypatch):
 
 
 def test_vocabulary_too_small_for_bytes_is_refused(cache):
-    with pytest.raises(UsageError, match=r"vocab_size 256.*257 entries or more"):
+    with pytest.raises(UsageError, match=r"vocab_size 256: set --vocab_size to 257 or more"):
         train_tokenizer(TEXTS, 256, 64)
 
 

@@ -98,12 +98,8 @@ def default_flops(shape: tuple[int, ...]) -> float:
     """Floating-point operations of `newton_schulz` with its defaults in half precision: see `polar._iterate`."""
     short, long = sorted(shape[-2:])
     matrices = shape[0] if len(shape) == 3 else 1
-    square, tall = 2 * short**3, 2 * short**2 * long
-    polynomials = 2 * (1 + 2) * square  # of degree 5 and 9 in turn
-    if long < 2 * short:
-        return matrices * (polynomials + 4 * 2 * tall)
-    # twice: Gram matrix, P G P, product of the two polynomials, product with the stack
-    return matrices * (polynomials + 2 * (2 * tall + 3 * square))
+    polynomials = 2 * (1 + 2) * 2 * short**3  # of degree 5 and 9 in turn
+    return matrices * (polynomials + 4 * 2 * 2 * short**2 * long)  # and twice a step a product with the stack
 
 
 def gemm_rate(shapes: list[tuple[int, ...]]) -> float:
