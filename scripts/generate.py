@@ -24,6 +24,8 @@ def main() -> None:
         raise UsageError("--prompt is empty: give the words to go on from")
     if arguments.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {arguments.max_new_tokens} writes nothing: give a positive number")
+    if not 0 <= arguments.seed < 2**32:
+        raise UsageError(f"--seed {arguments.seed}: must be at least 0 and below 2**32")
     from transformers import set_seed
 
     from blueberry.training.summary import sample

@@ -333,6 +333,7 @@ def test_bf16_without_hardware_is_one_line_of_warning(monkeypatch, capsys):
 GENERATE = {
     "no prompt": (["--prompt", " "], "--prompt is empty"),
     "no tokens": (["--max_new_tokens", 0], "--max_new_tokens 0 writes nothing"),
+    "negative seed": (["--seed", -1], "--seed -1: must be at least 0"),
     "no model": (["--model", "someone/nothing"], "--model someone/nothing: "),
 }
 

@@ -29,7 +29,7 @@ def run_to_continue(settings: Mapping[str, Any]) -> Path | None:
     if wanted is None:
         return None
     if wanted != NEWEST:
-        return Path(wanted).resolve().parent if settings.get("output_dir") is None else Path(wanted).parent
+        return Path(wanted).parent
     return Path(settings.get("output_dir") or default_output_dir(settings.get("run_name"), settings.get("optimizer")))
 
 

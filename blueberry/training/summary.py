@@ -23,13 +23,13 @@ def print_summary(trainer: BlueberryTrainer, data: PreparedData, metrics: dict[s
     seconds = final.get("train_runtime", 0.0)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
     folder = Path(trainer.args.output_dir)
-    shown = lambda name: f"{metrics[f'eval_{name}']:.4f}" if f"eval_{name}" in metrics else "unknown"
+    shown = lambda name, digits=4: f"{metrics[f'eval_{name}']:.{digits}f}" if f"eval_{name}" in metrics else "unknown"
     rows = {
         "tokens": f"{trainer.state.num_input_tokens_seen:,} in {trainer.state.global_step:,} steps",
         "time": f"{seconds:.0f} s",
         "tokens/s": f"{tokens / max(seconds, 1e-9):,.0f}",
         "validation loss": f"{shown('loss')} (unigram model of the same text {data.unigram_loss:.4f})",
-        "perplexity": shown("perplexity"),
+        "perplexity": shown("perplexity", 2),
         "next-token accuracy": shown("accuracy"),
         "bits per byte": shown("bits_per_byte"),
         "model": str(folder),
