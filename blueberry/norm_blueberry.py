@@ -25,7 +25,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """With y = x s w: dx = s (g w) - x s^3 <g w, x> / size and dw = sum g x s. Overwrites grad (..., size)."""
     product = grad * x
-    grad_weight = scale.reshape(-1) @ product.view(-1, x.shape[-1])
+    grad_weight = scale.reshape(-1) @ product.reshape(-1, x.shape[-1])
     coefficient = (product @ weight).unsqueeze(-1).mul_(scale.pow(3)).div_(x.shape[-1])
     return grad.mul_(weight).mul_(scale).addcmul_(x, coefficient, value=-1), grad_weight
 
@@ -45,8 +45,8 @@ class _FusedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        wide = torch.empty_like(scale.expand(x.shape), memory_format=torch.contiguous_format).copy_(grad)
-        grad_x, grad_weight = rms_norm_backward(wide, widen(x), weight, scale)
+        wide_grad = grad.to(scale.dtype, copy=True, memory_format=torch.contiguous_format)
+        grad_x, grad_weight = rms_norm_backward(wide_grad, widen(x), weight, scale)
         return grad_x.to(x.dtype), grad_weight, None, None
 
 

@@ -30,7 +30,10 @@ def has_onednn_linear() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T of x (rows, in) and weight (out, in), outside autograd -> (rows, out)."""
+    """x weight^T of x (rows, in) and weight (out, in), outside autograd -> (rows, out).
+
+    A single row is left to torch.mm: it only reads the weights.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 1 and has_onednn_linear():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return x @ weight.t()

@@ -83,6 +83,23 @@ def test_experts_equal_a_loop_over_tokens_and_so_do_their_gradients(gated: bool,
 
 
 @pytest.mark.parametrize("gated", GATED)
+def test_experts_in_single_precision_equal_the_loop_in_double_precision(gated: bool):
+    exact = build_experts(gated)
+    hidden, index, weights = random_routing(70, [0, 1, 2, 4])  # some 35 tokens each: blocks are filled up
+    inputs = [hidden, weights, *exact.parameters()]
+    expected = per_token_loop(exact, hidden, index, weights)
+    experts = build_experts(gated).float()
+    singles = [tensor.detach().float().requires_grad_() for tensor in (hidden, weights)]
+    actual = experts(singles[0], index, singles[1])
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+    singles += experts.parameters()
+    direction = torch.randn(expected.shape, dtype=torch.float64)
+    ours = torch.autograd.grad(actual, singles, direction.float())
+    for one, other in zip(ours, torch.autograd.grad(expected, inputs, direction), strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()  # sums of some hundred terms, 2^-24 each
+
+
+@pytest.mark.parametrize("gated", GATED)
 def test_gradients_pass_gradcheck(gated: bool):
     experts = build_experts(gated)
     hidden, index, weights = random_routing(4, [0, 2, 4])

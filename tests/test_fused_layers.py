@@ -32,6 +32,17 @@ def test_rms_norm_has_the_right_gradients(shape):
                                     (x, module.weight))  # fmt: skip
 
 
+def test_norms_take_inputs_and_gradients_of_any_layout():
+    module, x = norm(6), torch.randn(6, 4, dtype=torch.float64).t().requires_grad_()
+    for direction in (torch.ones(()).double().expand(4, 6), torch.randn(6, 4, dtype=torch.float64).t()):
+        kept = direction.clone()
+        actual = torch.autograd.grad(module(x), (x, module.weight), direction)
+        plain = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.weight
+        for one, other in zip(actual, torch.autograd.grad(plain, (x, module.weight), kept), strict=True):
+            torch.testing.assert_close(one, other)
+        assert torch.equal(direction, kept)  # gradients of others are not written to
+
+
 def test_rms_norm_of_half_precision_is_computed_in_float32():
     module, x = norm(64, torch.bfloat16), 100 * torch.randn(8, 64).bfloat16()
     wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)

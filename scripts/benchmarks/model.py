@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from copy import copy
 from functools import partial
 from multiprocessing import get_context
 
@@ -224,7 +225,7 @@ def experts(dtype: str, kinds: list[str], tokens: int, repeats: int) -> Iterator
             implementations = ("blueberry", "eager", "grouped_mm")
             steps = {name: experts_step(config, name, tokens, dtype) for name in implementations}
             seconds = interleaved_medians(steps, repeats)
-            touched = expert_bytes(config, dtype)
+            touched = expert_bytes(config)
             base = base or (seconds["blueberry"], touched)
             explained = base[0] + (touched - base[1]) / rate
             for name, value in seconds.items():
@@ -237,13 +238,12 @@ def experts(dtype: str, kinds: list[str], tokens: int, repeats: int) -> Iterator
 
 def experts_step(config: BlueberryConfig, implementation: str, tokens: int, dtype: str) -> Callable[[], None]:
     """Forward and backward of one layer's experts under a uniformly random router."""
+    config = copy(config)  # the layer reads the implementation from its configuration
     config._experts_implementation = implementation
     torch.manual_seed(0)
     layer = (BlueberryGatedExperts if config.gated_experts else BlueberryExperts)(config).to(device())
     for weight in layer.parameters():
         nn.init.normal_(weight, std=config.initializer_range)
-    layer.config = BlueberryConfig(**config.to_dict())
-    layer.config._experts_implementation = implementation
     hidden = torch.randn(tokens, config.hidden_size, device=device(), requires_grad=True)
     weights, index = torch.rand(tokens, config.num_experts, device=device()).topk(config.num_experts_per_tok)
     upstream = torch.randn(tokens, config.hidden_size, device=device())
@@ -257,12 +257,10 @@ def experts_step(config: BlueberryConfig, implementation: str, tokens: int, dtyp
     return step
 
 
-def expert_bytes(config: BlueberryConfig, dtype: str) -> int:
-    """Bytes of expert weights and gradients that a step must read or write, each once per use."""
+def expert_bytes(config: BlueberryConfig) -> int:
+    """Bytes of expert weights and gradients that a step moves: weights read twice, gradients written once, in fp32."""
     matrices = 3 if config.gated_experts else 2
-    elements = config.num_experts * matrices * config.hidden_size * config.moe_intermediate_size
-    # fp32: read in forward and backward, gradient written; bf16 also writes the weights in bf16 and reads them again
-    return elements * (4 + 4 + 4 if dtype == "fp32" else 4 + 2 + 2 + 2 + 4)
+    return 3 * 4 * config.num_experts * matrices * config.hidden_size * config.moe_intermediate_size
 
 
 def copy_rate() -> float:
