@@ -114,15 +114,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))  # taken once: new memory costs a pass itself
+        product = None if grad_weight is None or wide == hidden.dtype else torch.empty_like(matrix)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             x, mask = hidden[rows], counted[rows].unsqueeze(1)
-            logits = linear(x, matrix)  # (chunk, vocab)
+            logits = torch.mm(x, matrix.t(), out=buffer[: len(x)])  # (chunk, vocab)
             total += softmax_minus_onehot_(logits, targets[rows]).masked_fill_(~mask, 0).sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = linear(logits, matrix.t()).mul_(mask)
             if grad_weight is not None:
-                add_product_(grad_weight, logits.t(), x * mask)
+                add_product_(grad_weight, logits.t(), x * mask, product)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -157,12 +159,12 @@ def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in place and in the precision of total, which may be wider than that of a and b."""
-    if total.dtype == a.dtype:
+def add_product_(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor | None) -> None:
+    """total += a b, in place; through the buffer where the precision of total is wider than that of a and b."""
+    if buffer is None:
         total.addmm_(a, b)
     else:
-        total += a @ b
+        total += torch.mm(a, b, out=buffer)
 
 
 def load_balancing_loss(router_logits: Tensor, token_mask: Tensor, top_k: int) -> Tensor:
