@@ -25,7 +25,12 @@ class TrackingArguments:
         default=False, metadata={"help": "Log the spectra of weights and updates (spectral_log/ and TensorBoard)."}
     )
     track_every_n_steps: int | None = field(
-        default=None, metadata={"help": "Steps between spectral logs; by default a few dozen logs, dense at first."}
+        default=None,
+        metadata={"help": "Steps between spectral logs; by default as many as fit into --track_max_overhead."},
+    )
+    track_max_overhead: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training time that tracking may cost; 0.02 unless --track_every_n_steps."},
     )
     on_violation: str = field(
         default="warn",
@@ -74,6 +79,7 @@ def set_up(model_args, data_args, tracking_args, args, folder):
 
     from blueberry.training.data import prepare_data
     from blueberry.training.model import build_model, load_config, positions
+    from trainer_callbacks import SpectralMetricsCallback
 
     if data_args.streaming and args.max_steps <= 0 and args.train_tokens is None:
         raise UsageError("--streaming has no known length: give --train_tokens or --max_steps")
@@ -92,7 +98,10 @@ def set_up(model_args, data_args, tracking_args, args, folder):
         config.pad_token_id = data.tokenizer.pad_token_id
     set_seed(args.seed)
     model = build_model(config)
-    return make_trainer(model, data, args, [folder, *make_callbacks(model, tracking_args, args)]), data
+    trainer = make_trainer(model, data, args, [folder, *make_callbacks(model, tracking_args, args)])
+    if tracking_args.track_manifold and args.report_to:  # what is left beside TensorBoard: wandb, trackio, ...
+        trainer.add_callback(trainer.pop_callback(SpectralMetricsCallback).log_through(trainer))
+    return trainer, data
 
 
 def make_trainer(model, data, args, callbacks):
@@ -138,7 +147,13 @@ def make_callbacks(model, tracking_args, args) -> list:
     if args.optimizer == "manifold":
         callbacks.append(ManifoldConstraintCallback(board, on_violation=tracking_args.on_violation))
     if tracking_args.track_manifold:
-        callbacks.append(SpectralMetricsCallback(every_n_steps=tracking_args.track_every_n_steps, tensorboard=board))
+        callbacks.append(
+            SpectralMetricsCallback(
+                every_n_steps=tracking_args.track_every_n_steps,
+                max_overhead=tracking_args.track_max_overhead,
+                tensorboard=board,
+            )
+        )
         callbacks.append(StepTimeCallback(board))
         if getattr(model.config, "num_experts", 0):
             callbacks.append(RouterMetricsCallback(board))
