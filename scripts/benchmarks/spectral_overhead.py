@@ -1,6 +1,8 @@
 """What tracking with the default settings costs: the same training with and without it, in turns."""
 
+import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,6 +48,7 @@ def train(steps: int, tracked: bool) -> tuple[float, str]:
         )  # fmt: skip
         trainer = BlueberryTrainer(BlueberryForCausalLM(config), args, train_dataset=data, callbacks=callbacks)
         start = time.perf_counter()
-        trainer.train()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the records
+            trainer.train()
         seconds = time.perf_counter() - start
     return seconds, callbacks[0].summary() if tracked else ""
