@@ -173,8 +173,8 @@ def _iterate(stack: Tensor, gram: Tensor, bound: Tensor, steps: Sequence[Step]) 
 def _steps_at_a_time(stack: Tensor, count: int) -> int:
     """All for matrices with an aspect ratio of two or more, else one.
 
-    Always one in half precision: rounding of the composed Gram matrix makes weak directions negative there, and on
-    steep spectra the next polynomial blows them up.
+    Always one in half precision: a composed polynomial is large where it lifts weak directions, and its rounding there
+    pushed strong ones up to 18% beyond their interval, from where the next step blew them up.
     """
     short, long = sorted(stack.shape[-2:])
     return count if long >= 2 * short and _wide(stack.dtype) == stack.dtype else 1
@@ -203,8 +203,8 @@ def _polynomial(gram: Tensor, step: Step) -> Tensor:
     return _add_to_diagonal(torch.baddbmm(gram, square, quadratic, beta=b, alpha=e), a)
 
 
-# In powers of G a polynomial of degree 4 has terms forty times its value: half precision could not hold it. In powers
-# of G - 0.55 (the middle of the interval) they are of its own size.
+# In powers of G a polynomial of degree 4 has terms hundreds of times its value: half precision could not hold it. In
+# powers of G - 0.55 (the middle of the interval) they are of its own size.
 _CENTER = 0.55
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..threads import one_blas_thread
 from .finite import whole
 from .muon import Muon
 
@@ -176,20 +177,9 @@ def _singular_value_range(matrix: Tensor) -> tuple[float, float]:
     rows = rows.cpu().double() if rows.device.type == "mps" else rows.double()  # MPS has no float64
     if not rows.isfinite().all():
         return math.inf, math.inf
-    with _one_thread():
+    with one_blas_thread():
         squares = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0)  # ascending
     return squares[0].sqrt().item(), squares[-1].sqrt().item()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small eigenvalue problems take 30 ms on one thread and up to a second on two that other work interrupts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _totals(rows: Sequence[Row]) -> str:

@@ -4,12 +4,13 @@ A symmetric eigensolver hardly uses a second thread, and many small matrices do 
 twice as many. What a batch computes does not depend on the number of workers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from ..threads import one_blas_thread
 
 _Batch = TypeVar("_Batch")
 _Result = TypeVar("_Result")
@@ -18,7 +19,7 @@ _Result = TypeVar("_Result")
 def run_on_workers(work: Callable[[_Batch], _Result], batches: Sequence[_Batch]) -> list[_Result]:
     """`[work(batch) for batch in batches]`, without gradients, on as many threads as torch has."""
     threads = torch.get_num_threads()
-    with _one_blas_thread():
+    with one_blas_thread():
         if threads == 1 or len(batches) < 2:
             return [torch.no_grad()(work)(batch) for batch in batches]
         with ThreadPoolExecutor(threads, initializer=_start_worker) as pool:
@@ -27,13 +28,3 @@ def run_on_workers(work: Callable[[_Batch], _Result], batches: Sequence[_Batch])
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..threads import one_blas_thread
 from .metrics import Row, update_rows, weight_rows
 from .names import matrix_name
 
@@ -62,22 +62,6 @@ def analyze(
     else:
         list(workers.map(work, batches))
     return rows
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """One BLAS thread for the calling thread; others, such as a training loop's, keep theirs.
-
-    A symmetric eigensolver hardly uses a second thread, and on busy cores the barriers between two can cost many
-    times the work (0.3 s of it took 9 to 21 s). torch keeps the setting per thread; threads started meanwhile
-    inherit it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _slices(matrices: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> Iterator[_Matrix]:
