@@ -45,6 +45,7 @@ from .losses_blueberry import (
     sequence_weights,
 )
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
+from .products_blueberry import without_autocast
 from .upcycling_blueberry import upcycled_config, upcycled_weights
 
 
@@ -195,7 +196,7 @@ class BlueberryTopKRouter(nn.Module):
         `hidden_states`, the largest first.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device.type):
             logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         if self.training and self.noise > 0:
             logits = logits + self.noise * torch.randn_like(logits)
