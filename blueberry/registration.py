@@ -2,8 +2,8 @@
 
 Importing models takes seconds, so registration waits until something imports transformers' Auto modules or Blueberry's
 own models: an import hook for each, removed once it has fired. For modules that are already there it happens at once.
-Blueberry's models need transformers' layers, which import the Auto modules before they are themselves complete; if they
-come first, registration waits for them.
+Blueberry's models need transformers' layers, which import the Auto modules halfway: if they come first, registration
+waits until they are complete.
 """
 
 import sys
