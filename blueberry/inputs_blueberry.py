@@ -77,10 +77,13 @@ def check_labels(labels: Tensor | None, vocab_size: int, ignore_index: int = -10
 
 
 class RefuseNaN(LogitsProcessor):
-    """Raise ValueError where logits are NaN: their argmax would be token 0, again and again."""
+    """Raise ValueError where logits are NaN: their argmax would be token 0, again and again. Not in CUDA graphs."""
+
+    supports_continuous_batching = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (batch, vocab) as they are."""
-        if scores.isnan().any():
-            raise ValueError(f"logits of token {input_ids.shape[1]} are NaN: the weights of the model are damaged")
+        captured = torch.compiler.is_compiling() or (scores.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not captured and (bad := int(scores.isnan().any(dim=-1).sum())):
+            raise ValueError(f"logits of {bad} of {len(scores)} sequences are NaN: the model's weights are damaged")
         return scores

@@ -19,6 +19,7 @@ ALLOWED = {
     "blueberry.losses_blueberry": ("blueberry.products_blueberry",),
     "blueberry.norm_blueberry": ("blueberry.products_blueberry",),
     "blueberry.products_blueberry": (),
+    "blueberry.rotary_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.upcycling_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.modeling_blueberry": (
         "blueberry.attention_blueberry",
@@ -28,6 +29,7 @@ ALLOWED = {
         "blueberry.losses_blueberry",
         "blueberry.norm_blueberry",
         "blueberry.products_blueberry",
+        "blueberry.rotary_blueberry",
         "blueberry.upcycling_blueberry",
     ),
     "blueberry.errors": (),
