@@ -20,7 +20,7 @@ def check_input(
     vocab_size: int,
     max_positions: int,
 ) -> None:
-    """Raise ValueError unless there is exactly one of the first two, not empty, of known ids, and a mask of its size.
+    """Raise ValueError unless there is exactly one of the first two, a batch of known ids, and a mask of its size.
 
     More positions than the model was made for are computed, with a warning.
     """
@@ -28,7 +28,9 @@ def check_input(
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if torch.compiler.is_compiling():
         return
-    given = inputs_embeds if input_ids is None else input_ids
+    given, dims = (inputs_embeds, "(batch, seq, hidden)") if input_ids is None else (input_ids, "(batch, seq)")
+    if given.dim() != dims.count(",") + 1:
+        raise ValueError(f"input of shape {tuple(given.shape)} must have shape {dims}: a batch of sequences")
     if given.numel() == 0:
         raise ValueError(f"empty input of shape {tuple(given.shape)}: give at least one sequence of one token")
     if input_ids is not None:
@@ -64,9 +66,13 @@ def _check_mask(attention_mask: Tensor, batch: int, total: int) -> None:
         )
 
 
-def check_labels(labels: Tensor | None, vocab_size: int, ignore_index: int = -100) -> None:
-    """Raise ValueError for a label that is neither a token id nor `ignore_index`."""
-    if torch.compiler.is_compiling() or labels is None or labels.device.type != "cpu" or labels.numel() == 0:
+def check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int, ignore_index: int = -100) -> None:
+    """Raise ValueError unless there is a label for each token (batch, seq), a token id or `ignore_index`."""
+    if torch.compiler.is_compiling():
+        return
+    if labels.shape != shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit an input of {tuple(shape)}: one a token")
+    if labels.device.type != "cpu":
         return
     low, high = (int(bound) for bound in labels.masked_fill(labels == ignore_index, 0).aminmax())
     if low < 0 or high >= vocab_size:

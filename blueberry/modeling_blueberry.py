@@ -406,8 +406,6 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         not, so that exp(loss) is a perplexity. `aux_loss` is the load-balancing loss without its coefficient, at least
         one, returned whenever it was computed: in training, or because of `output_router_logits`.
         """
-        for targets in (labels, kwargs.get("shift_labels")):
-            check_labels(targets, self.vocab_size, kwargs.get("ignore_index", -100))
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         wanted = output_router_logits or (self.training and labels is not None)
@@ -423,6 +421,9 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, aux_loss = outputs.last_hidden_state, None
+        for targets in (labels, kwargs.get("shift_labels")):
+            if targets is not None:
+                check_labels(targets, hidden.shape[:2], self.vocab_size, kwargs.get("ignore_index", -100))
         without_logits = skip_logits and labels is not None and can_fuse_head(hidden, self.lm_head)
         logits = None if without_logits else self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None if labels is None else self._cross_entropy(hidden, logits, labels, **kwargs)

@@ -1,5 +1,6 @@
 """The "blueberry" experts implementation: against a per-token loop, gradcheck, and transformers' own models."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -139,6 +140,25 @@ def test_pairs_of_other_ranks_contribute_nothing(gated: bool):
     for one, other in zip(gradients(actual, [hidden]), gradients(expected, [hidden]), strict=True):
         torch.testing.assert_close(one, other)
     assert not gradients(experts(hidden, index, weights), [weights])[0][~here].any()
+
+
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@pytest.mark.parametrize("width", [12, 10])  # rows of 10 do not suit the grouped product
+@torch.no_grad()
+def test_experts_outside_training_equal_the_loop_over_tokens(gated: bool, num_tokens: int, width: int):
+    exact = build_experts(gated, moe_intermediate_size=width)
+    exact._is_expert_parallel = True  # expert 5 lives elsewhere
+    hidden, index, weights = random_routing(num_tokens, [1, 2, 5])
+    expected = per_token_loop(exact, hidden, index.clamp(max=4), weights * (index < 5))
+    torch.testing.assert_close(exact(hidden, index, weights), expected)
+    experts = copy.deepcopy(exact).float()
+    torch.testing.assert_close(
+        experts(hidden.float(), index, weights.float()).double(), expected, rtol=1e-4, atol=1e-5
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = experts(hidden.float(), index, weights.float()).double()
+    assert (rounded - expected).norm() <= 0.02 * expected.norm()  # bf16 rounds to 2^-9
 
 
 def test_frozen_experts_get_no_gradient_but_pass_it_on():

@@ -1,14 +1,9 @@
 """The model against transformers' models of the same shapes: training, experts, loss and decoding."""
 
 import argparse
-import resource
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +22,7 @@ from blueberry import BlueberryConfig
 from blueberry.losses_blueberry import head_cross_entropy
 from blueberry.modeling_blueberry import BlueberryExperts, BlueberryGatedExperts
 
-from .common import Record, device, interleaved_medians, machine
+from .common import Record, device, in_fresh_process, interleaved_medians, machine, resident_peak
 
 PARTS = ("training", "experts", "dense", "loss", "decode")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -309,11 +304,6 @@ def loss_step(name: str, dtype: str) -> Callable[[], None]:
     return step
 
 
-def in_fresh_process(function: Callable, *arguments: str) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def peak_memory(name: str, dtype: str) -> int:
     """Bytes that one loss and its gradients need at most, above the inputs."""
     step = loss_step(name, dtype)
@@ -325,17 +315,6 @@ def peak_memory(name: str, dtype: str) -> int:
     before = resident_peak()
     step()
     return resident_peak() - before
-
-
-def resident_peak() -> int:
-    """The largest resident memory of this process so far, in bytes.
-
-    On Linux from /proc: `ru_maxrss` of a new process starts at the peak of its parent.
-    """
-    if sys.platform == "linux":
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Decoding
