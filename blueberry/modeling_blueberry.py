@@ -25,6 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -469,6 +470,9 @@ class BlueberryForSequenceClassification(GenericForSequenceClassification, Blueb
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
+
+# Under label smoothing transformers' Trainer shifts the labels only of the classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["blueberry"] = BlueberryForCausalLM.__name__
 
 __all__ = [
     "BlueberryForCausalLM",
