@@ -48,17 +48,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleaved_medians(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved_medians(
+    steps: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each, taken in turns after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(repeats + 1):
         for name, step in steps.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronize()
             if round_number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
