@@ -3,8 +3,8 @@
 Importing this file adds `experts_implementation="blueberry"` to transformers' experts interface. On a CPU it sorts the
 (token, expert) pairs by expert once and then works on one expert at a time, in a single autograd function: indexing
 `weight[expert]` for autograd, as the eager loop does, makes the backward fill a zero gradient of *all* experts for
-each expert. On other devices, inside `torch.compile` and for experts with a norm of their own, transformers'
-`grouped_mm` does the work.
+each expert. A single token outside training needs no sorting. On other devices, inside `torch.compile`, for experts
+with a norm of their own, and for a few tokens outside training, transformers' `grouped_mm` does the work.
 
 The file ships to the Hub as remote code, so it imports torch, transformers and its sibling only.
 """
