@@ -220,7 +220,8 @@ def blueberry_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Experts on hidden_states (tokens, hidden), routed by top_k_index and top_k_weights (tokens, top_k)."""
-    if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or self.has_post_expert_norm:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which would keep the experts of one input
+    if traced or hidden_states.device.type != "cpu" or self.has_post_expert_norm:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype, training, tokens = compute_dtype(hidden_states), torch.is_grad_enabled(), len(hidden_states)
     up, up_bias, down, down_bias = weights_and_biases(self)

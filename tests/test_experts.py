@@ -234,6 +234,17 @@ def test_compiled_experts_equal_eager_ones():
     torch.testing.assert_close(compiled(hidden, index, weights), experts(hidden, index, weights))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced_experts_follow_the_routing_of_another_input(num_tokens: int):
+    experts = build_experts(gated=False).float().requires_grad_(False)
+    routings = [random_routing(num_tokens, chosen) for chosen in ([0, 1], [2, 4])]
+    first, second = ((hidden.detach().float(), index, weights.detach().float()) for hidden, index, weights in routings)
+    with torch.no_grad():
+        traced = torch.jit.trace(experts, first, check_trace=False)
+        torch.testing.assert_close(traced(*second), experts(*second))
+
+
 SMALL = {
     "vocab_size": 50,
     "hidden_size": 16,
