@@ -78,12 +78,13 @@ def set_up(model_args, data_args, tracking_args, args, folder):
     from transformers import set_seed
 
     from blueberry.training.data import prepare_data
-    from blueberry.training.model import build_model, load_config, positions
+    from blueberry.training.model import build_model, check_model, load_config, positions
     from trainer_callbacks import SpectralMetricsCallback
 
     if data_args.streaming and args.max_steps <= 0 and args.train_tokens is None:
         raise UsageError("--streaming has no known length: give --train_tokens or --max_steps")
     config = load_config(model_args)
+    check_model(config)
     with args.main_process_first():
         vocab_size = config.get_text_config().vocab_size
         data = prepare_data(data_args, vocab_size=vocab_size, max_positions=positions(config))
