@@ -208,11 +208,13 @@ def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(case, script, sma
         ({"model_type": "vit"}, "'vit' has no causal language model"),
     ],
 )
-def test_a_bad_model_config_is_named(change, message, script, small_config, small_corpus, tmp_path, capsys):
+def test_a_bad_model_config_is_named_before_the_data_is_looked_at(
+    change, message, script, small_config, tmp_path, capsys
+):
     bad = tmp_path / "config.json"
     bad.write_text(json.dumps(json.loads(small_config.read_text()) | change))
     with pytest.raises(SystemExit):
-        script("train_llm.py", "--dataset", small_corpus, "--config_name", bad, "--output_dir", tmp_path / "run")
+        script("train_llm.py", "--dataset", "nowhere.txt", "--config_name", bad, "--output_dir", tmp_path / "run")
     assert message in capsys.readouterr().err
 
 
@@ -364,7 +366,10 @@ GENERATE = {
     "no prompt": (["--prompt", " "], "--prompt is empty"),
     "no tokens": (["--max_new_tokens", 0], "--max_new_tokens 0 writes nothing"),
     "negative seed": (["--seed", -1], "--seed -1: must be at least 0"),
-    "no model": (["--model", "someone/nothing"], "--model someone/nothing: "),
+    "no model": (["--model", "results/nope"], "--model results/nope: no such folder, and the Hub did not give it"),
+    "no folder": (["--model", "./nope"], "--model ./nope: no such folder; check the path"),
+    "too many tokens": (["--max_new_tokens", 99], "--max_new_tokens 99: after a prompt of"),
+    "long prompt": (["--prompt", "word " * 40], "tokens, the model 32 positions: give a shorter"),
 }
 
 
@@ -374,7 +379,12 @@ def test_what_cannot_be_generated_is_one_line(case, finished, script, capsys):
     with pytest.raises(SystemExit) as stop:
         script("generate.py", "--model", finished, *given)
     error = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+    assert stop.value.code == 2 and len(error) == 1 and re.search(message, error[0])
+
+
+def test_a_model_of_few_positions_writes_what_it_has_room_for(finished, script, capsys):
+    script("generate.py", "--model", finished)
+    assert capsys.readouterr().out.startswith("My fellow citizens,")
 
 
 def test_a_model_without_a_tokenizer_is_one_line(finished, script, tmp_path, capsys):
