@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blueberry.errors import UsageError
+from blueberry.training.cache import cache_folder
 from blueberry.training.packing import (
     Encoder,
     RowChecker,
@@ -21,7 +22,7 @@ from blueberry.training.packing import (
 )
 from blueberry.training.reading import Corpus, read_corpus
 from blueberry.training.splitting import Split, split_corpus
-from blueberry.training.tokenization import cache_folder, check_vocabulary, load_tokenizer, train_tokenizer
+from blueberry.training.tokenization import check_vocabulary, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -113,12 +114,16 @@ class PreparedData:
         train = (
             "a stream"
             if self.train_tokens is None
-            else f"{self.train_tokens:,} tokens of {self.documents:,} documents"
+            else f"{self.train_tokens:,} tokens of {_documents(self.documents)}"
         )
         return (
             f"{self.name}: training on {train}, validation on {self.validation_tokens:,} tokens of "
-            f"{self.validation_documents:,} documents ({self.split_rule}), windows of {self.max_length} tokens"
+            f"{_documents(self.validation_documents)} ({self.split_rule}), windows of {self.max_length} tokens"
         )
+
+
+def _documents(count: int) -> str:
+    return "1 document" if count == 1 else f"{count:,} documents"
 
 
 def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int | None) -> PreparedData:
@@ -200,7 +205,7 @@ def _pack_train(split: Split, encoder: Encoder, max_length: int) -> Dataset | It
     """Training windows; at least one."""
     if split.content is None:
         return pack_stream(split.train, encoder, max_length)
-    return pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder() / "windows"))
+    return pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder("windows")))
 
 
 def _pack_validation(split: Split, encoder: Encoder, max_length: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
