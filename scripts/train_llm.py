@@ -106,7 +106,12 @@ def set_up(model_args, data_args, tracking_args, args, folder):
 
 
 def check_evaluation(data, args) -> None:
-    """Refuse what would evaluate nothing, or something the data does not have."""
+    """Refuse what would evaluate nothing, or something the data does not have, or fail only then."""
+    from datasets import config
+
+    from blueberry.training.cache import writable
+
+    writable(Path(config.HF_MODULES_CACHE), "HF_HOME")  # where `evaluate` copies its modules before it runs them
     wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if wanted not in METRICS:
         raise UsageError(f"--metric_for_best_model {wanted} is not evaluated: choose from {', '.join(METRICS)}")

@@ -218,6 +218,16 @@ def test_a_bad_model_config_is_named_before_the_data_is_looked_at(
     assert message in capsys.readouterr().err
 
 
+def test_a_cache_that_the_first_evaluation_could_not_write_is_named_before_training(
+    arguments, script, small_config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", small_config / "modules")
+    with pytest.raises(SystemExit):
+        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run")
+    assert "cannot be written (Not a directory): set HF_HOME" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_earlier_run_is_neither_overwritten_nor_touched_without_being_told(finished, arguments, script, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with pytest.raises(SystemExit):
