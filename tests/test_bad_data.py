@@ -85,7 +85,7 @@ def bad_sources(tmp_path_factory):
         ("classes", r"column 'labels' is Value\('int64'\), not a list of integers"),
         ("nulls", r"a row of token ids holds float64 values \(nulls\?\), not integers"),
         ("damaged", "is damaged, save it again with save_to_disk: .*No such file"),
-        ("rowless", "is empty; give a dataset with rows"),
+        ("rowless", "is empty, or one of its splits; save it with rows"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused_in_one_line(bad_sources, no_network, caplog, name, message):

@@ -6,9 +6,10 @@ One generator serves the map-style path (cached on disk, memory-mapped) and the 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,11 +33,13 @@ class TextEncoder:
     Attributes:
         backend: a `tokenizers.Tokenizer` without truncation and padding.
         eos_token_id: set after every document.
+        process: id of the one that has the backend's threads.
     """
 
     backend: Tokenizer
     eos_token_id: int
     column: str = "text"
+    process: int = field(default_factory=os.getpid)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
@@ -58,11 +61,9 @@ class TextEncoder:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
     def _encode(self, texts: list[str]) -> list[Encoding]:
-        """On all cores; in a data loader's worker on one, for the tokenizer's threads did not follow its fork."""
-        from torch.utils.data import get_worker_info
-
+        """On all cores; in another process, as a data loader's worker is, on one: threads do not follow a fork."""
         self.backend.encode_special_tokens = True  # `<|endoftext|>` written in a text is text (lost when pickled)
-        if get_worker_info() is None:
+        if os.getpid() == self.process:
             return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self.backend.encode(text, add_special_tokens=False) for text in texts]
 

@@ -101,7 +101,7 @@ def _load_saved(dataset: str, folder: Path, streaming: bool) -> dict:
     try:
         found = load_from_disk(str(folder))
     except IndexError as error:  # the library cannot read what it wrote without rows
-        raise UsageError(f"--dataset {dataset}: is empty; give a dataset with rows") from error
+        raise UsageError(f"--dataset {dataset}: is empty, or one of its splits; save it with rows") from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--dataset {dataset}: is damaged, save it again with save_to_disk: {reason}") from error
