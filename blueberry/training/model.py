@@ -99,7 +99,7 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
 def _check_causal(model: PreTrainedModel) -> None:
     """An encoder (BERT without `is_decoder`) would read its targets and reach a loss of zero that means nothing."""
     model.eval()
-    ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
+    ids = torch.arange(1, 9).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
     other = ids.clone()
     other[0, -1] = 1
     before, after = (model(input_ids=x).logits[0, :-1] for x in (ids, other))
