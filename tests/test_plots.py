@@ -201,14 +201,24 @@ def test_the_command_draws_the_newest_run_from_its_log_without_torch(run):
     assert figures == {f"{name}.png" for name in plots.FIGURES}
 
 
+def test_a_file_in_the_place_of_the_figures_is_one_line(run, tmp_path):
+    (tmp_path / "figures").touch()
+    for target in ("figures", "figures/below"):
+        result = track_manifold("--plot_only", "--run", str(run), "--output_dir", target, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: --output_dir {target}: ") and result.stderr.count("\n") == 1
+
+
 def test_missing_runs_and_logs_are_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         (["--plot_only"], "no spectral log under results/"),
         (["--plot_only", "--run", "nowhere"], "no run folder nowhere"),
         (["--plot_only", "--run", "empty"], "no spectral log in empty/spectral_log"),
+        (["--plot_onl"], "--plot_only"),
     ]:
         result = track_manifold(*arguments, cwd=tmp_path)
         assert result.returncode == 2
+        assert result.stderr.startswith("error: ")
         assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()

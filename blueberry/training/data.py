@@ -93,6 +93,7 @@ class PreparedData:
         validation_documents: validation documents.
         name: the dataset, for cards and logs.
         split_rule: how validation was chosen, in words.
+        content: hash of the training documents in order; None for a stream.
     """
 
     train: Dataset | IterableDataset
@@ -107,6 +108,7 @@ class PreparedData:
     validation_documents: int
     name: str
     split_rule: str
+    content: str | None = None
 
     @property
     def description(self) -> str:
@@ -164,6 +166,7 @@ def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int | N
         validation_documents=len(split.validation),
         name=corpus.name,
         split_rule=split.rule,
+        content=split.content,
     )
 
 

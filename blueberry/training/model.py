@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..configuration_blueberry import PRESETS, BlueberryConfig
 from ..errors import UsageError
 from .hub_access import hub_or_cache
+from .reading import is_local_path
 
 
 @dataclass
@@ -41,6 +42,8 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
             return BlueberryConfig.from_preset(args.preset, **overrides)
         _check_keys(Path(args.config_name))
         if not Path(args.config_name).exists():
+            if is_local_path(args.config_name):
+                raise UsageError(f"--config_name {args.config_name}: no such file or folder; check the path")
             hub_or_cache()
         config = AutoConfig.from_pretrained(args.config_name, **overrides)
     except UsageError:
