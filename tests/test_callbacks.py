@@ -23,11 +23,11 @@ from transformers import (
 
 from blueberry.errors import UsageError
 from blueberry.spectral import SpectralLog, spectral_metrics, update_metrics
+from blueberry.spectral.tracked import tracked_matrices
 from trainer_callbacks import RouterMetricsCallback, SpectralMetricsCallback, StepTimeCallback, TensorBoardCallback
 from trainer_callbacks import spectral_metrics as module
 from trainer_callbacks.cadence import log_schedule
 from trainer_callbacks.heatmap import heatmap
-from trainer_callbacks.tracked import tracked_matrices
 
 SIZES = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              intermediate_size=24, max_position_embeddings=16, head_dim=8)  # fmt: skip

@@ -14,11 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from blueberry.errors import UsageError
 from blueberry.spectral import SpectralLog, spectral_metrics
+from blueberry.spectral.tracked import tracked_matrices
 from trainer_callbacks import SpectralMetricsCallback
 from trainer_callbacks import spectral_metrics as module
 from trainer_callbacks.cadence import Budget, Milestones, TimedExecutor
 from trainer_callbacks.spectral_board import SpectralBoard
-from trainer_callbacks.tracked import tracked_matrices
 
 
 def gpt2() -> GPT2LMHeadModel:

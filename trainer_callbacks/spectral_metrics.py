@@ -30,13 +30,13 @@ from blueberry.spectral.names import (
     matrix_name,
 )  # fmt: skip
 from blueberry.spectral.power_law import require_powerlaw
+from blueberry.spectral.tracked import Selector, Tracked, check_selectors, tracked_matrices
 
 from .cadence import Budget, Milestones, TimedExecutor, log_schedule
 from .peaks import Key, Peaks
 from .spectral_board import SpectralBoard
 from .tensorboard import FOLDER as TENSORBOARD_FOLDER
 from .tensorboard import TensorBoardCallback, open_writer
-from .tracked import Selector, Tracked, check_selectors, tracked_matrices
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer
 from blueberry.spectral import analyze
-from trainer_callbacks.tracked import tracked_matrices
+from blueberry.spectral.tracked import tracked_matrices
 
 from .common import Record, interleaved_medians, machine
 

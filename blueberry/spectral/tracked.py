@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from blueberry.errors import UsageError
-from blueberry.optim.layouts import layout_of
-from blueberry.optim.roles import Place, places
-from blueberry.optim.splits import Layout, cut
-from blueberry.spectral.names import matrix_name
+from ..errors import UsageError
+from ..optim.layouts import layout_of
+from ..optim.roles import Place, places
+from ..optim.splits import Layout, cut
+from .names import matrix_name
 
 Selector = str | type[nn.Module]  # a regular expression for parameter names, or the type of the module that owns them
 
