@@ -111,12 +111,32 @@ def test_what_a_gram_matrix_cannot_give_comes_from_an_svd(monkeypatch):
     assert calls and sigma_min == pytest.approx(real(weight)[-1].item(), rel=TOLERANCE)
 
 
-def test_a_power_law_tail_gives_its_exponent_back():
+@pytest.mark.parametrize("exponent", [1.8, 2.5, 5.0])
+def test_a_power_law_tail_gives_its_exponent_back(exponent):
     pytest.importorskip("powerlaw")
     quantiles = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
-    eigenvalues = (1 - quantiles) ** (-1 / 1.5)  # density ~ lambda^-2.5 from 1 on
+    eigenvalues = (1 - quantiles) ** (-1 / (exponent - 1))  # density ~ lambda^-exponent from 1 on
     metrics = spectral_metrics(with_spectrum_of(eigenvalues.sqrt()), power_law=True)
-    assert metrics["power_law_exponent"] == pytest.approx(2.5, rel=0.05)  # 400 samples: 1.5 / sqrt(400) = 0.075
+    assert metrics["power_law_exponent"] == pytest.approx(exponent, rel=0.05)  # of 400 samples: 1.5 / 20 = 0.075 at 2.5
+
+
+def test_the_tail_begins_where_its_kolmogorov_smirnov_distance_is_smallest():
+    """By the definition: each eigenvalue as the beginning, the exponent of most likelihood."""
+    pytest.importorskip("powerlaw")
+    metrics = spectral_metrics(noise(60, 90).double(), power_law=True)
+    eigenvalues = torch.tensor(metrics["singular_values"], dtype=torch.float64).square().flip(0)
+    fits = []
+    for start in range(len(eigenvalues) - 1):
+        tail = eigenvalues[start:]
+        alpha = 1 + len(tail) / (tail / tail[0]).log().sum()
+        seen = torch.arange(len(tail)) / len(tail)
+        fits.append(((1 - (tail / tail[0]) ** (1 - alpha) - seen).abs().max().item(), alpha.item()))
+    assert metrics["power_law_exponent"] == pytest.approx(min(fits)[1], rel=1e-6)
+    assert metrics["power_law_exponent"] > 3
+
+
+def test_few_eigenvalues_have_no_tail():
+    pytest.importorskip("powerlaw")
     few = spectral_metrics(noise(5, 9), power_law=True)
     assert few["power_law_exponent"] is None
     assert few["reason"] == "power_law_exponent: fewer than 10 different eigenvalues to fit"

@@ -29,5 +29,6 @@ def power_law_exponent(singular_values: Sequence[float]) -> tuple[float | None, 
     eigenvalues = eigenvalues[eigenvalues > eigenvalues.max(initial=0) * 1e-12]
     if len(eigenvalues) < FEWEST or eigenvalues.max() < eigenvalues.min() * (1 + 1e-6):
         return None, f"fewer than {FEWEST} different eigenvalues to fit"
-    alpha = float(powerlaw.Fit(eigenvalues, verbose=0).power_law.alpha)
+    steep_too = {"alpha": [1, np.inf]}  # by default the package passes over tails with alpha > 3
+    alpha = float(powerlaw.Fit(eigenvalues, verbose=0, parameter_ranges=steep_too).power_law.alpha)
     return (alpha, None) if np.isfinite(alpha) else (None, "the fit did not converge")
