@@ -34,7 +34,7 @@ def main() -> None:
     else:
         runs = runs_of(settings)
         output_dir = settings.output_dir or RESULTS / "research_plots" / "_vs_".join(runs)
-    show(read(runs), "_vs_".join(runs), output_dir, settings)
+    show(read(runs), " and ".join(runs), output_dir, settings)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,7 +95,7 @@ def show(log: pd.DataFrame, title: str, output_dir: Path, settings: argparse.Nam
     if settings.report:
         from blueberry.spectral.report import write_report
 
-        path = write_report(log, title, output_dir / "report.html")
+        path = write_report(log, f"Spectra of {title}", output_dir / "report.html")
         print(f"report {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -412,8 +412,8 @@ def test_step_times_cover_the_optimizer_and_tokens_per_second_count_all_tokens(t
 
 def test_heatmap_paints_low_dark_high_bright_and_missing_grey():
     image = heatmap("title", {"a": np.array([[0.0, 1.0]]), "b": np.array([[np.nan, 0.0]])}, [0, 7])
-    row_a, row_b = 40 + 7, 40 + 14 + 4 + 7  # middles of the two blocks below the title
-    left, right = 170 + 120, 170 + 360  # middles of the two columns
+    row_a, row_b = 64 + 12, 64 + 24 + 4 + 12  # middles of the two blocks below the title
+    left, right = 200 + 110, 200 + 330  # middles of the two columns
     assert image[row_a, left].tolist() == image[row_b, right].tolist() == [68, 1, 84]
     assert image[row_a, right].tolist() == [253, 231, 37]
     assert image[row_b, left].tolist() == [220, 220, 220]

@@ -117,7 +117,9 @@ def test_a_power_law_tail_gives_its_exponent_back(exponent):
     quantiles = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     eigenvalues = (1 - quantiles) ** (-1 / (exponent - 1))  # density ~ lambda^-exponent from 1 on
     metrics = spectral_metrics(with_spectrum_of(eigenvalues.sqrt()), power_law=True)
-    assert metrics["power_law_exponent"] == pytest.approx(exponent, rel=0.05)  # of 400 samples: 1.5 / 20 = 0.075 at 2.5
+    assert metrics["power_law_exponent"] == pytest.approx(
+        exponent, rel=0.05
+    )  # of 400 samples: 1.5 / 20 = 0.075 at 2.5
 
 
 def test_the_tail_begins_where_its_kolmogorov_smirnov_distance_is_smallest():

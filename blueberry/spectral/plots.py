@@ -124,8 +124,8 @@ def singular_spectrum_mri(log: pd.DataFrame) -> Figure:
     for axes, rows in found:
         spectra = rows.groupby("step")["singular_values"].agg(lambda s: np.stack(list(s)).mean(0))
         image = log_sigma(np.stack(list(spectra)).T)  # (number, steps)
-        steps, place = np.asarray(spectra.index, float), np.arange(1, len(image) + 1) / len(image)
-        axes.pcolormesh(edges(steps), edges(place), image, cmap="magma", norm=norm, rasterized=True)
+        steps, places = edges(np.asarray(spectra.index, float)), np.linspace(0, 1, len(image) + 1)
+        axes.pcolormesh(steps, places, image, cmap="magma", norm=norm, rasterized=True)
         axes.set_ylim(1, 0)  # the largest on top
         count_steps(axes.xaxis)
         axes.grid(False)
