@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from blueberry.errors import UsageError
 from blueberry.spectral.analysis import analyze
 from blueberry.spectral.log import FOLDER, SpectralLog
-from blueberry.spectral.metrics import Row, add_reason, only
+from blueberry.spectral.metrics import BY_DEFINITION, ZERO_UPDATE, Row, add_reason, only
 from blueberry.spectral.names import (
     DEFAULT_METRICS,
     METRICS,
@@ -36,7 +36,7 @@ from .cadence import Budget, Milestones, TimedExecutor, log_schedule
 from .peaks import Key, Peaks
 from .spectral_board import SpectralBoard
 from .tensorboard import FOLDER as TENSORBOARD_FOLDER
-from .tensorboard import TensorBoardCallback, open_writer
+from .tensorboard import RunWriter, TensorBoardCallback
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class SpectralMetricsCallback(TrainerCallback):
         self.top_k, self.k, self.exact = top_k, k, exact
         self.tensorboard = tensorboard
         self.workers = workers or min(8, max(1, (os.cpu_count() or 1) // 2))
-        self.failures: list[str] = []
+        self._failures: dict[str, list[str]] = defaultdict(list)  # error -> what could not be written
         self._trainer: Trainer | None = None
         self._before: dict[str, Tensor] | None = None
         self._pending: Future | None = None
@@ -163,14 +163,21 @@ class SpectralMetricsCallback(TrainerCallback):
                 self._before = self._copies(state) if self._wants_updates else {}
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         """Copy the weights again and hand both copies to the worker."""
         if self._before is not None:
             before, self._before = self._before, None
             with self._budget.charged():
                 after = self._copies(state)
-            self._record(state.global_step + 1, state, after, before)
+            stands_still = optimizer is not None and not any(group["lr"] for group in optimizer.param_groups)
+            expected = BY_DEFINITION | ({ZERO_UPDATE} if stands_still else set())  # the first step of a warm-up
+            self._record(state.global_step + 1, state, after, before, expected)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -255,6 +262,7 @@ class SpectralMetricsCallback(TrainerCallback):
         self._logs = self._left_out = 0
         self._reasons: Counter[str] = Counter()
         self._wants_updates = bool(self.metrics & set(UPDATE_METRICS))
+        self._writes = state.is_world_process_zero
         wants_peaks = state.is_world_process_zero and self.metrics & set(PEAK_METRICS)
         self._peaks = Peaks([one for one, _ in self._tracked]) if wants_peaks else None
 
@@ -328,11 +336,20 @@ class SpectralMetricsCallback(TrainerCallback):
         return copies
 
     def _record(
-        self, step: int, state: TrainerState, after: dict[str, Tensor], before: dict[str, Tensor] | None = None
+        self,
+        step: int,
+        state: TrainerState,
+        after: dict[str, Tensor],
+        before: dict[str, Tensor] | None = None,
+        expected: set[str] = BY_DEFINITION,
     ) -> None:
-        """Hand one log to the worker; at most one is under way, so that copies do not pile up."""
+        """Hand one log to the worker; at most one is under way, so that copies do not pile up.
+
+        expected: causes of nulls that are not worth a warning.
+        """
         self._last_step = step
         self._join()
+        self._expected = expected
         if state.is_world_process_zero:
             tokens = state.num_input_tokens_seen or (0 if step == 0 else None)
             peaks = self._peaks.take() if self._peaks is not None and step else {}
@@ -360,7 +377,7 @@ class SpectralMetricsCallback(TrainerCallback):
                        power_law=POWER_LAW in self.metrics, workers=self._pool)  # fmt: skip
         rows = [self._finish({"step": step, "tokens": tokens} | row, peaks) for row in rows]
         self._guarded(f"step {step}", lambda: self.log.append(rows))
-        self._guarded(f"TensorBoard, step {step}", lambda: self.board.write(step, rows))
+        self.board.write(step, rows)
         if self._trainer is not None:
             self._finished.append((step, self.board.scalars(step)))
         cost = time.thread_time() - start + self._pool.cpu_seconds - in_pool
@@ -378,8 +395,8 @@ class SpectralMetricsCallback(TrainerCallback):
             if gradient is None:
                 row = add_reason(row, "gradient_norm_peak", "no finite gradient")
         row = only(row, self.metrics)
-        if row["reason"]:
-            self._reasons.update(row["reason"].split("; "))
+        reasons = row["reason"].split("; ") if row["reason"] else []
+        self._reasons.update(reason for reason in reasons if reason.partition(": ")[2] not in self._expected)
         return row
 
     def _pass_on(self) -> None:
@@ -397,20 +414,27 @@ class SpectralMetricsCallback(TrainerCallback):
         return self.log.path / f".peaks-{state.global_step}.json"
 
     def _troubles(self) -> list[str]:
-        """Failed writes, and how many rows have nulls for which reason."""
-        return self.failures + [f"{count} rows have null {reason}" for reason, count in self._reasons.items()]
+        """What could not be written, and how many rows have nulls for which reason."""
+        failed = [f"could not write {_listed(what)}: {error}" for error, what in self._failures.items()]
+        nulls = [f"{count} rows have null {reason}" for reason, count in self._reasons.items()]
+        return failed + ([self.board.writer.failure] if self._writes and self.board.writer.failure else []) + nulls
 
     def _guarded(self, what: str, write: Callable[[], None]) -> None:
         """A full disk costs a log, not the training run."""
         try:
             write()
         except OSError as error:
-            self.failures.append(f"{what}: could not write: {error}")
+            self._failures[str(error)].append(what)
 
-    def _writer(self, args: TrainingArguments, state: TrainerState) -> SummaryWriter:
+    def _writer(self, args: TrainingArguments, state: TrainerState) -> RunWriter:
         if self.tensorboard is not None:
             return self.tensorboard.writer(args, state)
-        return open_writer(Path(args.output_dir) / TENSORBOARD_FOLDER, state.global_step)
+        return RunWriter(Path(args.output_dir) / TENSORBOARD_FOLDER, state.global_step)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _require_positive(**settings: float | None) -> None:

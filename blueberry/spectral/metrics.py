@@ -30,6 +30,13 @@ from .power_law import power_law_exponent
 EPS = torch.finfo(torch.float64).eps
 NOT_FINITE = "entries are NaN or infinite"
 ZERO = "all entries are zero"
+ZERO_UPDATE = f"of the update, {ZERO}"
+BELOW_RANK = "k is not below the rank"
+NOT_CONVERGED = "the decomposition did not converge"
+ONE_VALUE = "there is one singular value"
+SINGULAR = "the matrix is singular to working precision"
+# Causes that a metric is null by its definition, of matrices that nothing is wrong with.
+BY_DEFINITION = {ZERO, f"of the weight, {ZERO}", BELOW_RANK, ONE_VALUE, SINGULAR}
 
 Row = dict[str, float | list[float] | str | None]
 
@@ -97,13 +104,14 @@ def update_rows(weights: Tensor, updates: Tensor, k: int = 5, *, exact: bool = F
     table["update_spectral_norm"] = table["update_spectral_norm"] * d_norms
     table |= {"update_frobenius_norm": d_norms, "update_to_weight_ratio": d_norms / w_norms}
     known = {name: column.tolist() for name, column in table.items()}
+    converged = ~(values.isnan().any(-1) | of_w.values.isnan().any(-1))
     rows = []
     for b, (of_weight, of_update) in enumerate(zip(bad_weight, bad_update, strict=True)):
         row = {name: known[name][b] for name in UPDATE_METRICS}
         if NOT_FINITE in (of_weight, of_update):
             row |= dict.fromkeys(set(UPDATE_METRICS) - {"update_energy_chance"})
         cause = f"of the weight, {of_weight}" if of_weight else f"of the update, {of_update}" if of_update else None
-        rows.append(_with_reason(row, cause or "k is not below the rank"))
+        rows.append(_with_reason(row, cause or (BELOW_RANK if converged[b] else NOT_CONVERGED)))
     return rows
 
 
@@ -138,7 +146,7 @@ def _spectra(matrices: Tensor, exact: bool) -> tuple[Tensor, list[str | None]]:
         if cause == NOT_FINITE:
             sigma[b] = torch.nan
         elif sigma[b].isnan().any():
-            causes[b] = "the decomposition did not converge"
+            causes[b] = NOT_CONVERGED
     return sigma * norms[:, None], causes
 
 
@@ -253,7 +261,7 @@ def _has_rank(eigenvalues: Tensor, k: int) -> Tensor:
 
 
 def _rank_cause(sigma: Tensor) -> str:
-    return "there is one singular value" if len(sigma) == 1 else "the matrix is singular to working precision"
+    return ONE_VALUE if len(sigma) == 1 else SINGULAR
 
 
 def _with_power_law(row: Row) -> Row:
