@@ -6,7 +6,8 @@ python scripts/track_manifold.py --compare results/MUON_1,results/MUON_2 results
 python scripts/track_manifold.py --model PATH_OR_HUB_ID                    (also ID@REVISION)
 python scripts/track_manifold.py --model results/NAME                      (its checkpoint-* as steps)
 
-Figures and, with --report, report.html go to results/research_plots/<name> (or --output_dir).
+Figures and, with --report, report.html go to results/research_plots/<name>, of models to model_<name> together with
+their log (or --output_dir).
 """
 
 import argparse
@@ -27,7 +28,7 @@ def main() -> None:
     if settings.model:
         from checkpoint_series import analyze_series
 
-        name = "_".join(Path(model).name for model in settings.model[:2])
+        name = "model_" + "_".join(Path(model).name for model in settings.model[:2])
         output_dir = settings.output_dir or RESULTS / "research_plots" / name
         analyze_series(settings.model, SpectralLog(output_dir / FOLDER), settings.exact, settings.workers)
         runs: dict[str, list[Path]] = {name: [output_dir]}

@@ -114,7 +114,9 @@ def test_the_spectrum_map_has_a_column_per_step_and_the_largest_on_top(log):
 
 
 def shifted(log, norm: float, steps=(0, 1, 4, 10)) -> pd.DataFrame:
-    return log[log["step"].isin(steps)].assign(spectral_norm=log["spectral_norm"] + norm)
+    values = ("spectral_norm", "update_alignment", "update_energy_in_top_k", "singular_values")
+    log = log[log["step"].isin(steps)]
+    return log.assign(**{name: log[name].map(lambda value: value + norm) for name in values})
 
 
 def test_runs_are_side_by_side_with_shared_scales(log):
@@ -124,6 +126,7 @@ def test_runs_are_side_by_side_with_shared_scales(log):
         assert left.get_title() == "muon\nq_proj" and right.get_title() == "adamw\nq_proj", draw.__name__
         assert left.get_ylim() == right.get_ylim() and left.get_xlim() == right.get_xlim(), draw.__name__
         assert [axes.get_title() for axes in others[:2]] == ["up_proj (2 experts)"] * 2, draw.__name__
+        assert all(max(line.get_ydata()) <= right.get_ylim()[1] for line in right.lines), draw.__name__
     left, right = plots.spectral_norm_evolution(pair).axes[:2]
     np.testing.assert_allclose(right.lines[0].get_ydata() - left.lines[0].get_ydata(), 7)
     meshes = [axes.collections[0] for axes in plots.norm_heatmap(pair).axes[:2]]

@@ -107,7 +107,7 @@ def singular_spectrum(log: pd.DataFrame) -> Figure:
             _spectrum_line(axes, of_layer, color=colors(layer), linewidth=1.4)
         if first < last:
             _spectrum_line(axes, rows[rows["step"] == rows["step"].min()], **CHANCE)
-        axes.set_ylim(bottom=0)
+    _from_zero(figure)
     label(figure, "index $i$ / number of singular values", r"singular value $\sigma_i$")
     depth_colorbar(figure, log)
     return figure
@@ -203,8 +203,9 @@ def _evolution(log: pd.DataFrame, metric: str, title: str, ylabel: str, chance: 
             _line_and_band(axes, _by_step(of_layer, _band(of_layer), metric), colors(layer))
         if chance is not None:
             axes.axhline(chance(rows), **CHANCE)
-            axes.set_ylim(bottom=0)
         count_steps(axes.xaxis)
+    if chance is not None:
+        _from_zero(figure)
     label(figure, "step", ylabel)
     depth_colorbar(figure, log)
     return figure
@@ -263,6 +264,12 @@ def _line_and_band(axes: Axes, table: pd.DataFrame, color: tuple, **style: objec
     axes.plot(table.index, table.mean(axis=1), color=color, **{"linewidth": 1.4} | style)
     if table.shape[1] > 1:
         axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.12, lw=0)
+
+
+def _from_zero(figure: Figure) -> None:
+    """Scales from zero on, once everything is drawn: from then on they do not follow what is drawn."""
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
 
 
 def _spectrum_line(axes: Axes, rows: pd.DataFrame, **style: object) -> None:
