@@ -235,12 +235,22 @@ class SpectralMetricsCallback(TrainerCallback):
         """Wait for the log under way, where training ended before its end."""
         self._join()
 
+    @property
+    def logs(self) -> int:
+        """How many logs were taken."""
+        return self._logs
+
+    @property
+    def seconds_spent(self) -> float:
+        """What they cost: seconds of the training thread, and CPU seconds of the workers."""
+        return self._budget.spent
+
     def summary(self) -> str:
         """What was logged, what it cost, and what went wrong, in a few lines."""
-        share = self._budget.spent / max(self._budget.training_seconds, 1e-9)
+        share = self.seconds_spent / max(self._budget.training_seconds, 1e-9)
         lines = [
-            f"spectral log: {self._logs} logs of {len(self._names)} matrices and stacks, "
-            f"{self._budget.spent:.1f} s of copying and computing ({share:.1%} of the time in training steps)"
+            f"spectral log: {self.logs} logs of {len(self._names)} matrices and stacks, "
+            f"{self.seconds_spent:.1f} s of copying and computing ({share:.1%} of the time in training steps)"
         ]
         if self._left_out:
             lines.append(f"{self._left_out} logs were left out to keep to max_overhead={self.max_overhead}")
