@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 def benchmark_overhead(steps: int, repeats: int) -> Iterator[Record]:
-    """The `tiny` preset at the sizes of `make demo`, on random tokens; one round to warm up, then in changing order."""
+    """The `tiny` preset at the sizes of `make demo`, on random tokens; a warm-up, then rounds in changing order."""
     train(8, "every step")
     rounds = []
     for number in range(repeats):
