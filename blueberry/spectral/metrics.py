@@ -128,7 +128,8 @@ def _prepared(matrices: Tensor) -> tuple[Tensor, Tensor, list[str | None]]:
     matrices = matrices.detach().to("cpu" if matrices.device.type == "mps" else matrices.device)
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64)  # one pass: NaN, inf, zero
     finite, zero = torch.isfinite(norms), norms == 0
-    x = matrices.double() / torch.where(zero, 1.0, norms)[:, None, None]
+    x = matrices.to(torch.float64, copy=True)
+    x /= torch.where(zero, 1.0, norms)[:, None, None]
     if not finite.all():
         x = torch.where(finite[:, None, None], x, torch.zeros((), dtype=x.dtype))
     causes = [

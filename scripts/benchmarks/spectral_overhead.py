@@ -24,9 +24,10 @@ SIDES = ("without", "default", "every step")
 
 
 class Run(NamedTuple):
-    """Seconds in training, those that the callback counts as its own, and its logs."""
+    """Seconds in training, CPU seconds of the process in them, what the callback counts as its own, and its logs."""
 
     seconds: float
+    cpu_seconds: float
     counted: float = 0.0
     logs: int = 0
 
@@ -56,27 +57,25 @@ def train(steps: int, side: str) -> Run:
         )  # fmt: skip
         callbacks = [] if side == "without" else [tracking]
         trainer = BlueberryTrainer(BlueberryForCausalLM(config), args, train_dataset=data, callbacks=callbacks)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
-    return Run(seconds, tracking.seconds_spent, tracking.logs) if callbacks else Run(seconds)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Run(seconds, cpu_seconds, *((tracking.seconds_spent, tracking.logs) if callbacks else ()))
 
 
 def _record(side: str, steps: int, rounds: list[dict[str, Run]]) -> Record:
-    extra = [one[side].seconds - one["without"].seconds for one in rounds]
-    shares = [more / one["without"].seconds for more, one in zip(extra, rounds, strict=True)]
-    median = lambda values, digits=3: round(statistics.median(values), digits)
-    return {
-        "benchmark": "spectral overhead",
-        "preset": "tiny",
-        "steps": steps,
-        "tracking": side,
-        "logs": rounds[0][side].logs,
-        "seconds_without": median(one["without"].seconds for one in rounds),
-        "overhead": median(shares, 4),
-        "overheads": [round(share, 4) for share in shares],
-        "counted": median((one[side].counted / one["without"].seconds for one in rounds), 4),
-        "seconds_a_log": median(more / one[side].logs for more, one in zip(extra, rounds, strict=True)),
-        "seconds_a_log_counted": median(one[side].counted / one[side].logs for one in rounds),
-        "n": len(rounds),
-    }
+    """Medians over the rounds, as shares of the same round without tracking.
+
+    On a machine with other work, CPU seconds (with --threads 1, where no thread spins) are the steadier measure.
+    """
+    with_, without = [one[side] for one in rounds], [one["without"] for one in rounds]
+    wall = [a.seconds / b.seconds - 1 for a, b in zip(with_, without, strict=True)]
+    cpu = [a.cpu_seconds / b.cpu_seconds - 1 for a, b in zip(with_, without, strict=True)]
+    counted = [a.counted / b.seconds for a, b in zip(with_, without, strict=True)]
+    shares = {"overhead": wall, "cpu_overhead": cpu, "counted": counted}
+    medians = {name: round(statistics.median(values), 4) for name, values in shares.items()}
+    all_values = {f"{name}s": [round(value, 4) for value in values] for name, values in shares.items()}
+    return {"benchmark": "spectral overhead", "preset": "tiny", "steps": steps, "tracking": side,
+            "logs": with_[0].logs, "seconds_without": round(statistics.median(b.seconds for b in without), 2),
+            "counted_seconds_a_log": round(statistics.median(a.counted / a.logs for a in with_), 3),
+            **medians, **all_values, "n": len(rounds)}  # fmt: skip
