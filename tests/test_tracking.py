@@ -144,6 +144,14 @@ def test_a_budget_knows_nothing_before_the_first_cost_and_has_no_limit_without_a
     assert Budget(None, 10).affords(None)
 
 
+def test_a_step_is_shortened_by_what_its_own_thread_did_for_tracking_alone():
+    budget = Budget(0.1, 10)
+    with budget.charged():
+        time.sleep(0.01)
+    budget.charge(5.0)  # a worker, meanwhile
+    assert 0.01 <= budget.spent_in_training < 1 and budget.spent == 5 + budget.spent_in_training
+
+
 def test_one_slow_first_step_does_not_raise_the_budget():
     budget = Budget(0.02, 1000)
     for seconds in (60.0, 0.1, 0.1):

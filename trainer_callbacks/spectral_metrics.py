@@ -134,22 +134,17 @@ class SpectralMetricsCallback(TrainerCallback):
     ) -> None:
         """Choose the matrices, put the log into the state of the checkpoint, and log the initial weights."""
         self._start(args, state, model)
-        if state.is_world_process_zero:
-            self.log = SpectralLog(Path(args.output_dir) / FOLDER)
-            self.board = SpectralBoard(self._writer(args, state), self._names)
-            _WORKER.submit(self._rewind, state.global_step).result()
-            if self._peaks is not None:
-                self._peaks.load(self._peaks_file(state))
-        if state.global_step == 0:
-            with self._budget.charged():
-                copies = self._copies(state)
-            self._record(0, state, copies)
+        with self._budget.charged():
+            if state.is_world_process_zero:
+                self._open(args, state)
+            if state.global_step == 0:
+                self._record(0, state, self._copies(state))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock of the step."""
-        self._step_begin, self._spent_before = time.perf_counter(), self._budget.spent
+        self._step_begin, self._spent_before = time.perf_counter(), self._budget.spent_in_training
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,7 +179,7 @@ class SpectralMetricsCallback(TrainerCallback):
     ) -> None:
         """Wait for the worker before a checkpoint is written (it must not precede the rows of its steps) and before
         the trackers end the run; pass on what is finished."""
-        own = self._budget.spent - self._spent_before
+        own = self._budget.spent_in_training - self._spent_before
         self._budget.count_step(time.perf_counter() - self._step_begin - own)
         if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
             self._join()
@@ -220,13 +215,16 @@ class SpectralMetricsCallback(TrainerCallback):
         """Log the last weights if training stopped early, wait, compact the log and say what went wrong."""
         best_model_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if state.global_step > self._last_step and not best_model_loaded:
-            self._record(state.global_step, state, self._copies(state))
+            with self._budget.charged():
+                copies = self._copies(state)
+            self._record(state.global_step, state, copies)
         self._join()
         self._pass_on()
         self._pool.shutdown()
         if not state.is_world_process_zero:
             return
-        self._guarded("compaction", self.log.compact)
+        with self._budget.charged():
+            self._guarded("compaction", self.log.compact)
         logger.info("%s", self.summary())
         for failure in self._troubles():
             logger.warning("spectral log: %s", failure)
@@ -275,6 +273,14 @@ class SpectralMetricsCallback(TrainerCallback):
         self._writes = state.is_world_process_zero
         wants_peaks = state.is_world_process_zero and self.metrics & set(PEAK_METRICS)
         self._peaks = Peaks([one for one, _ in self._tracked]) if wants_peaks else None
+
+    def _open(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The log and TensorBoard, in the state that they had at this step."""
+        self.log = SpectralLog(Path(args.output_dir) / FOLDER)
+        self.board = SpectralBoard(self._writer(args, state), self._names)
+        _WORKER.submit(self._rewind, state.global_step).result()
+        if self._peaks is not None:
+            self._peaks.load(self._peaks_file(state))
 
     def _choose(self, model: nn.Module) -> list[tuple[Tracked, set[str]]]:
         """What to read, and the names of the matrices to take from each."""
@@ -391,7 +397,7 @@ class SpectralMetricsCallback(TrainerCallback):
         if self._trainer is not None:
             self._finished.append((step, self.board.scalars(step)))
         cost = time.thread_time() - start + self._pool.cpu_seconds - in_pool
-        self._budget.spent += cost
+        self._budget.charge(cost)
         if step > self._first_step:
             self._cost = cost
 
