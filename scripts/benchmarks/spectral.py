@@ -96,7 +96,6 @@ def benchmark_log(preset: str, repeats: int) -> Iterator[Record]:
     workers = os.cpu_count() or 1
     sides = {
         "blueberry": partial(analyze, after, updates, updated=True, workers=workers),
-        "blueberry, exact": partial(analyze, after, updates, updated=True, exact=True, workers=workers),
         "original functions": partial(original_log, after, updates),
     }
     seconds = interleaved_medians(sides, repeats)
