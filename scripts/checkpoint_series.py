@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 
 from blueberry.errors import UsageError
 from blueberry.spectral.log import SpectralLog
+from blueberry.spectral.names import POWER_LAW
 from blueberry.spectral.stored import analyze_stored, stored_matrices
 from blueberry.training.checkpoints import STATE, checkpoints_of, step_of
 from blueberry.training.hub_access import hub_or_cache
 
-FILES = ["*.safetensors", "*.json"]  # of a model on the Hub: never its code
-SHOWN = ("spectral_norm", "spectral_gap", "stable_rank", "spectral_entropy", "effective_rank")
+FILES = ["model*.safetensors*", "*config.json"]  # of a model on the Hub: never its code
+SHOWN = ("spectral_norm", "spectral_gap", "stable_rank", "spectral_entropy", "effective_rank", POWER_LAW)
 
 
 class Checkpoint(NamedTuple):
@@ -27,10 +28,10 @@ class Checkpoint(NamedTuple):
     folder: Path
 
 
-def analyze_series(models: Sequence[str], log: SpectralLog, exact: bool, workers: int) -> None:
+def analyze_series(models: Sequence[str], log: SpectralLog, **settings: bool | int) -> None:
     """Log every matrix of every checkpoint, with a progress bar, and print a table and what went wrong.
 
-    An earlier log in the same place is replaced.
+    An earlier log in the same place is replaced. Settings are those of `analyze_stored`.
     """
     checkpoints = series(models)
     matrices = [(checkpoint.step, stored_matrices(checkpoint.folder)) for checkpoint in checkpoints]
@@ -38,7 +39,7 @@ def analyze_series(models: Sequence[str], log: SpectralLog, exact: bool, workers
     with tqdm(total=sum(len(stored) for _, stored in matrices), unit="matrix", desc="Decomposing") as bar:
         for step, stored in matrices:
             rows = []
-            for some in analyze_stored(stored, exact=exact, workers=workers):
+            for some in analyze_stored(stored, **settings):
                 rows += [row | {"step": step} for row in some]
                 bar.update()
             log.append(rows)
@@ -94,7 +95,8 @@ def table(log: pd.DataFrame) -> str:
     """Means over the layers of each projection at the last step, and how many rows have nulls for which reason."""
     last = log[log["step"] == log["step"].max()]
     groups = last.groupby(["module", "projection"], sort=False)
-    means = groups[list(SHOWN)].mean().assign(matrices=groups.size())
+    shown = [name for name in SHOWN if last[name].notna().any()]
+    means = groups[shown].mean().assign(matrices=groups.size())
     heading = f"step {last['step'].iloc[0]}, means over the matrices of each projection:"
     reasons = log["reason"].dropna().str.split("; ").explode().value_counts()
     troubles = [f"{count} rows have null {reason}" for reason, count in reasons.items()]

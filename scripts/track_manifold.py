@@ -30,7 +30,8 @@ def main() -> None:
 
         name = "model_" + "_".join(Path(model).name for model in settings.model[:2])
         output_dir = settings.output_dir or RESULTS / "research_plots" / name
-        analyze_series(settings.model, SpectralLog(output_dir / FOLDER), settings.exact, settings.workers)
+        how = {name: vars(settings)[name] for name in ("exact", "power_law", "workers")}
+        analyze_series(settings.model, SpectralLog(output_dir / FOLDER), **how)
         runs: dict[str, list[Path]] = {name: [output_dir]}
     else:
         runs = runs_of(settings)
@@ -51,10 +52,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"])
     parser.add_argument("--report", action="store_true", help="also report.html (needs: pip install plotly)")
     parser.add_argument("--exact", action="store_true", help="--model by SVDs in double precision")
+    parser.add_argument("--power_law", action="store_true", help="--model with tail exponents (pip install powerlaw)")
     parser.add_argument("--workers", type=int, default=1, help="--model: threads, and tensors in memory (default: 1)")
     settings = parser.parse_args()
     if settings.workers < 1:
         raise UsageError(f"--workers {settings.workers}: at least 1")
+    if settings.power_law:
+        from blueberry.spectral.power_law import require_powerlaw
+
+        require_powerlaw()
     return settings
 
 

@@ -1,8 +1,10 @@
 """A finished model, read from its files, gives the rows that the loaded model gives."""
 
+import importlib
 import json
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pandas as pd
@@ -157,12 +159,29 @@ def test_the_checkpoints_of_a_run_are_its_steps_and_agree_with_its_live_log(tmp_
     assert "step 8, means over the matrices of each projection" in out and "q_proj" in out
 
 
-def test_several_models_are_ordered_by_the_steps_in_their_names(tmp_path, script):
+def test_several_models_are_ordered_by_the_steps_in_their_names(tmp_path, script, capsys):
+    pytest.importorskip("powerlaw")
     for name in ("m-step20", "m-step3"):
         dense().save_pretrained(tmp_path / name)
     models = [tmp_path / "m-step20", tmp_path / "m-step3"]
-    script("track_manifold.py", "--model", *models, "--output_dir", tmp_path / "out", "--formats", "svg")
+    script(
+        "track_manifold.py", "--model", *models, "--output_dir", tmp_path / "out", "--formats", "svg", "--power_law"
+    )
+    assert "power_law_exponent" in capsys.readouterr().out
     assert list(spectral_log(tmp_path / "out")["step"].unique()) == [3, 20]
+
+
+def test_a_revision_of_a_hub_model_is_fetched_without_its_code(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    series = importlib.import_module("checkpoint_series")
+    asked = []
+    fetch = lambda name, revision, allow_patterns: (asked.append((name, revision, allow_patterns)), tmp_path)[1]
+    monkeypatch.setattr(series, "snapshot_download", fetch)
+    monkeypatch.setattr(series, "hub_or_cache", lambda: None)
+    assert [found.step for found in series.series(["some/model@step3000", "some/model@step64"])] == [64, 3000]
+    assert [(name, revision) for name, revision, _ in asked] == [("some/model", "step3000"), ("some/model", "step64")]
+    assert not any(fnmatch(name, pattern) for _, _, patterns in asked for pattern in patterns
+                   for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"))  # fmt: skip
 
 
 def test_a_model_that_is_nowhere_is_one_line(tmp_path, script, capsys):
