@@ -90,6 +90,10 @@ def cut_short(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
 def quantized(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
@@ -105,6 +109,7 @@ def adapter(folder: Path) -> None:
     ("spoil", "message"),
     [
         (cut_short, "is not a whole safetensors file"),
+        (broken_config, "config.json: .* not a valid JSON"),
         (quantized, "is quantized: load it with dequantize=True"),
         (adapter, "is a PEFT adapter: merge_and_unload it"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in"),

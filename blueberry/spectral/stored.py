@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -59,14 +60,15 @@ class Stored(NamedTuple):
 def stored_matrices(folder: str | Path) -> list[Stored]:
     """The matrices of the checkpoint in `folder` that the callback would track in the loaded model.
 
-    Without a config that is known here, or when the architecture is code of the checkpoint's own: all matrices and
-    stacks of experts in numbered layers, as they are stored. UsageError for what holds no such weights: adapters,
-    quantized models, broken files, other formats than safetensors.
+    Without a config that is known here, when the architecture is code of the checkpoint's own, or when its names are
+    not those of the tensors: all matrices and stacks of experts in numbered layers, as they are stored. UsageError for
+    what holds no such weights: adapters, quantized models, broken files, other formats than safetensors.
     """
     folder = Path(folder)
     header = _header(folder)
     config = _config(folder)
-    found = _as_stored(header) if config is None else _as_modelled(header, _skeleton(config, folder))
+    found = [] if config is None else _as_modelled(header, _skeleton(config, folder))
+    found = found or _as_stored(header)
     if not found:
         raise UsageError(f"{folder} holds no matrix of a numbered layer: is it a whole model?")
     return found
@@ -118,6 +120,8 @@ def _config(folder: Path) -> PreTrainedConfig | None:
         return None
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, StrictDataclassError) as error:  # not JSON, or fields of wrong types
+        raise UsageError(f"{folder / CONFIG}: {' '.join(str(error).split())}") from error
     except ValueError:  # an unknown model_type, or one whose code is in the folder
         return None
     if getattr(config, "quantization_config", None):
