@@ -15,6 +15,7 @@ from transformers.integrations import TensorBoardCallback as HFTensorBoardCallba
 logger = logging.getLogger(__name__)
 
 FOLDER = "runs"
+Charts = dict[str, dict[str, list]]  # category -> chart -> ["Multiline", [regular expressions of tags]]
 
 
 class RunWriter(SummaryWriter):
@@ -29,11 +30,23 @@ class RunWriter(SummaryWriter):
         super().__init__(str(folder), purge_step=step + 1 if step else 0)
         self._events = _SurvivingEvents(self.file_writer.event_writer)
         self.file_writer.event_writer = self._events
+        self._charts: Charts = {}
+
+    def add_charts(self, charts: Charts) -> None:
+        """Add categories to the custom scalars tab; it keeps those of other callbacks."""
+        self._charts |= charts
+        self.add_custom_scalars(self._charts)
 
     @property
     def failure(self) -> str | None:
         """Why it stopped writing, if it did."""
         return self._events.failure
+
+
+def first_middle_last(layers: Iterable[int]) -> list[int]:
+    """Few enough for one chart: TensorBoard draws all lines of a run in one colour."""
+    found = sorted(set(layers))
+    return sorted({found[0], found[len(found) // 2], found[-1]}) if found else []
 
 
 class _SurvivingEvents:
