@@ -9,6 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3MoeConfig,
@@ -299,6 +301,12 @@ def test_embeddings_and_convolutions_are_no_matrices():
         {"embed": torch.nn.Embedding(5, 4), "conv": torch.nn.Conv1d(2, 3, 2), "linear": torch.nn.Linear(4, 3)}
     )
     assert [one.name for one in tracked_matrices(model)] == ["linear.weight"]
+
+
+def test_stacked_biases_of_experts_are_no_matrices():
+    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=3))
+    assert model.model.layers[0].mlp.experts.gate_up_proj_bias.ndim == 2
+    assert not any("bias" in one.name for one in tracked_matrices(model))
 
 
 def test_default_schedule_is_dense_at_first_and_even_later():

@@ -14,7 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_callbacks import dense, mixture, trainer
 from test_tracking import gpt2
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GptOssConfig, MixtralConfig, Phi3Config, PreTrainedModel
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.errors import UsageError
@@ -30,6 +30,25 @@ def blueberry() -> BlueberryForCausalLM:
     return BlueberryForCausalLM(BlueberryConfig.from_preset("tiny", **sizes, gated_experts=True))
 
 
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 16}  # fmt: skip
+
+
+def mixtral() -> PreTrainedModel:
+    """Stored under other names than it has."""
+    return AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=3))
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Experts transposed, gate and up interleaved, biases in stacks."""
+    return AutoModelForCausalLM.from_config(GptOssConfig(**SIZES, head_dim=8, num_local_experts=3))
+
+
+def phi3() -> PreTrainedModel:
+    """Queries, keys and values fused, of unequal sizes."""
+    return AutoModelForCausalLM.from_config(Phi3Config(**SIZES, pad_token_id=0))
+
+
 def rows_of(folder: Path) -> pd.DataFrame:
     rows = [row for some in analyze_stored(stored_matrices(folder)) for row in some]
     return pd.DataFrame(rows).sort_values(["parameter", "expert"]).reset_index(drop=True)
@@ -41,9 +60,10 @@ def expected(model: PreTrainedModel) -> pd.DataFrame:
     return pd.DataFrame(analyze(matrices)).sort_values(["parameter", "expert"]).reset_index(drop=True)
 
 
-@pytest.mark.parametrize("make", [dense, mixture, gpt2, blueberry])
+@pytest.mark.parametrize("make", [dense, mixture, gpt2, blueberry, mixtral, gpt_oss, phi3])
 def test_a_checkpoint_gives_the_rows_of_the_loaded_model(make, tmp_path):
     """Fused, transposed, stacked, and experts that are stored one by one but stacked in memory."""
+    torch.manual_seed(0)
     model = make()
     model.save_pretrained(tmp_path)
     pd.testing.assert_frame_equal(rows_of(tmp_path), expected(model))
