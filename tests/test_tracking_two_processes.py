@@ -59,12 +59,13 @@ def by_hand(path: Path, rank: int, callback: SpectralMetricsCallback, sharded: b
     callback.on_train_end(args, state, control)
 
 
-def work(rank: int, folder: str, port: int) -> None:
+def work(rank: int, folder: str) -> None:
     """One of the two processes: every kind of run, each into folders of its own rank."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+                   "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    store, patience = f"file://{folder}/store", timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=patience)
     by_trainer(Path(folder) / "ddp" / str(rank), RANKS)
     by_hand(Path(folder) / "sharded" / str(rank), rank, SpectralMetricsCallback(2), sharded=True)
     # a budget that only rank 0 knows to be spent: the others must follow its decision, or wait for it for ever
@@ -77,8 +78,7 @@ def work(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    port = 29_000 + os.getpid() % 1000
-    torch.multiprocessing.spawn(work, args=(str(folder), port), nprocs=RANKS)
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=RANKS)
     return folder
 
 
