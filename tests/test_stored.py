@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GptOssConfig, MixtralC
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.errors import UsageError
-from blueberry.spectral import SpectralLog, analyze, spectral_metrics
+from blueberry.spectral import SpectralLog, analyze, plots, spectral_metrics
 from blueberry.spectral.stored import analyze_stored, stored_matrices
 from blueberry.spectral.tracked import tracked_matrices
 from trainer_callbacks import SpectralMetricsCallback
@@ -165,10 +165,17 @@ print(peak() - before)
 # The command line
 
 
+@pytest.fixture
+def one_figure(monkeypatch) -> None:
+    """All of them take ten seconds; tests/test_plots.py draws them."""
+    monkeypatch.setattr(plots, "FIGURES", plots.FIGURES[:1])
+
+
 def spectral_log(folder: Path) -> pd.DataFrame:
     return SpectralLog(folder / "spectral_log").read()
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_the_checkpoints_of_a_run_are_its_steps_and_agree_with_its_live_log(tmp_path, script, capsys):
     run = trainer(tmp_path / "run", SpectralMetricsCallback(4), save_strategy="steps", save_steps=4)
     run.train()
@@ -184,6 +191,7 @@ def test_the_checkpoints_of_a_run_are_its_steps_and_agree_with_its_live_log(tmp_
     assert "step 8, means over the matrices of each projection" in out and "q_proj" in out
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_several_models_are_ordered_by_the_steps_in_their_names(tmp_path, script, capsys):
     pytest.importorskip("powerlaw")
     for name in ("m-step20", "m-step3"):
