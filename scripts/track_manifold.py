@@ -52,15 +52,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"])
     parser.add_argument("--report", action="store_true", help="also report.html (needs: pip install plotly)")
     parser.add_argument("--exact", action="store_true", help="--model by SVDs in double precision")
-    parser.add_argument("--power_law", action="store_true", help="--model with tail exponents (pip install powerlaw)")
+    parser.add_argument("--power_law", action="store_true", help="--model with the exponents of tails")
     parser.add_argument("--workers", type=int, default=1, help="--model: threads, and tensors in memory (default: 1)")
     settings = parser.parse_args()
     if settings.workers < 1:
         raise UsageError(f"--workers {settings.workers}: at least 1")
-    if settings.power_law:
-        from blueberry.spectral.power_law import require_powerlaw
-
-        require_powerlaw()
     return settings
 
 

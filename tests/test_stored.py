@@ -193,7 +193,6 @@ def test_the_checkpoints_of_a_run_are_its_steps_and_agree_with_its_live_log(tmp_
 
 @pytest.mark.usefixtures("one_figure")
 def test_several_models_are_ordered_by_the_steps_in_their_names(tmp_path, script, capsys):
-    pytest.importorskip("powerlaw")
     for name in ("m-step20", "m-step3"):
         dense().save_pretrained(tmp_path / name)
     models = [tmp_path / "m-step20", tmp_path / "m-step3"]
@@ -246,7 +245,7 @@ def test_a_trained_model_has_the_spectra_of_exact_decompositions(minilm):
 
 @pytest.mark.slow
 def test_weightwatcher_finds_the_same_where_its_definitions_are_ours(minilm):
-    """Its `spectral_norm` is the largest eigenvalue, sigma_1 squared; alpha is fitted by the same package."""
+    """Its `spectral_norm` is the largest eigenvalue, sigma_1 squared; alpha is found in the same way."""
     weightwatcher = pytest.importorskip("weightwatcher")
     model = AutoModel.from_pretrained(minilm)
     theirs = weightwatcher.WeightWatcher(model=model.encoder).analyze().sort_values("layer_id")

@@ -236,7 +236,6 @@ def test_weights_alone_are_not_copied_twice(tmp_path, monkeypatch):
 
 
 def test_a_tail_exponent_is_logged_where_it_is_asked_for(tmp_path):
-    pytest.importorskip("powerlaw")
     trainer(tmp_path, SpectralMetricsCallback(metrics=["power_law_exponent"]), max_steps=1).train()
     log = read_log(tmp_path)
     assert log["power_law_exponent"].notna().any() and log["spectral_norm"].isna().all()

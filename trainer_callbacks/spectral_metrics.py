@@ -29,7 +29,6 @@ from blueberry.spectral.names import (
     UPDATE_METRICS,
     matrix_name,
 )  # fmt: skip
-from blueberry.spectral.power_law import require_powerlaw
 from blueberry.spectral.tracked import Selector, Tracked, check_selectors, tracked_matrices
 
 from .cadence import Budget, Milestones, TimedExecutor, log_schedule
@@ -110,8 +109,6 @@ class SpectralMetricsCallback(TrainerCallback):
         self.max_overhead = DEFAULT_OVERHEAD if max_overhead is None and is_default_cadence else max_overhead
         self.metrics = set(DEFAULT_METRICS if metrics is None else metrics)
         _require_known("metric", self.metrics, set(METRICS))
-        if POWER_LAW in self.metrics:
-            require_powerlaw()
         self.layers = None if layers is None else set(layers)
         self.projections = None if projections is None else set(projections)
         self.modules = None if modules is None else list(modules)

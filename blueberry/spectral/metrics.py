@@ -49,8 +49,7 @@ def spectral_metrics(weight: Tensor, top_k: int = 10, *, exact: bool = True, pow
     distribution, q = sigma / sum sigma. `stable_rank` = norm_F^2 / norm_2^2, `spectral_gap` = sigma_1 / sigma_2.
 
     exact: by an SVD in fp64; otherwise fast, to 1e-3 relative.
-    power_law: also `power_law_exponent`, the exponent of the tail of the eigenvalues sigma^2 (about 0.2 s; needs the
-        `powerlaw` package).
+    power_law: also `power_law_exponent`, the exponent of the tail of the eigenvalues sigma^2.
     """
     _require_matrix(weight)
     return weight_rows(weight[None], top_k, exact=exact, power_law=power_law)[0]
