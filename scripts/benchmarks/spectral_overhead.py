@@ -72,10 +72,13 @@ def _record(side: str, steps: int, rounds: list[dict[str, Run]]) -> Record:
     wall = [a.seconds / b.seconds - 1 for a, b in zip(with_, without, strict=True)]
     cpu = [a.cpu_seconds / b.cpu_seconds - 1 for a, b in zip(with_, without, strict=True)]
     counted = [a.counted / b.seconds for a, b in zip(with_, without, strict=True)]
+    per_log = [(a.cpu_seconds - b.cpu_seconds) / a.logs for a, b in zip(with_, without, strict=True)]
     shares = {"overhead": wall, "cpu_overhead": cpu, "counted": counted}
     medians = {name: round(statistics.median(values), 4) for name, values in shares.items()}
     all_values = {f"{name}s": [round(value, 4) for value in values] for name, values in shares.items()}
     return {"benchmark": "spectral overhead", "preset": "tiny", "steps": steps, "tracking": side,
             "logs": with_[0].logs, "seconds_without": round(statistics.median(b.seconds for b in without), 2),
+            "cpu_seconds_without": round(statistics.median(b.cpu_seconds for b in without), 2),
+            "cpu_seconds_a_log": round(statistics.median(per_log), 3),
             "counted_seconds_a_log": round(statistics.median(a.counted / a.logs for a in with_), 3),
             **medians, **all_values, "n": len(rounds)}  # fmt: skip
