@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from blueberry.errors import UsageError, run_script
+from blueberry.errors import OneLineParser, UsageError, run_script
 from blueberry.spectral.log import FOLDER, SpectralLog
 
 RESULTS = Path("results")
@@ -40,9 +40,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; argparse exits with code 2 where it is wrong."""
+    """The command line."""
     usage, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=usage, epilog=more, formatter_class=argparse.RawTextHelpFormatter)
+    parser = OneLineParser(description=usage, epilog=more, formatter_class=argparse.RawTextHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--plot_only", action="store_true", help="the run --run, from its log alone")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="runs side by side; seeds of one joined by commas")
@@ -93,7 +93,10 @@ def show(log: pd.DataFrame, title: str, output_dir: Path, settings: argparse.Nam
     """Figures, and the report."""
     from blueberry.spectral.plots import draw
 
-    figures = draw(log, output_dir, settings.formats)
+    try:
+        figures = draw(log, output_dir, settings.formats)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(f"--output_dir {output_dir}: {error.strerror}; name a folder that can be written") from error
     print(f"{len(figures)} figures of {title} in {output_dir}")
     if settings.report:
         from blueberry.spectral.report import write_report

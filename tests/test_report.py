@@ -27,8 +27,9 @@ def log(tmp_path) -> pd.DataFrame:
 
 def spectra(run: dict, place: str, layer: int) -> np.ndarray:
     """(steps, points)."""
-    raw = base64.b64decode(run["layers"][place][layer]["spectra"])
-    return np.frombuffer(raw, "<f4").reshape(len(run["steps"]), len(run["places"][place]))
+    cell = run["layers"][place][layer]
+    raw = base64.b64decode(cell["spectra"])
+    return np.frombuffer(raw, "<f4").reshape(len(run["steps"]), len(cell["places"]))
 
 
 def test_the_page_holds_metrics_and_spectra_of_every_layer_with_experts_averaged(log):
@@ -44,6 +45,13 @@ def test_the_page_holds_metrics_and_spectra_of_every_layer_with_experts_averaged
 def test_runs_keep_their_own_steps_and_the_slider_has_all(log):
     data = payload(combined({"a": [log], "b": [log[log["step"] != 4]]}))
     assert data["steps"] == [0, 1, 4, 10] and [run["steps"] for run in data["runs"]] == [[0, 1, 4, 10], [0, 1, 10]]
+
+
+def test_layers_may_differ_in_width_and_matrices_lack_a_module(log):
+    log.loc[log["layer"] == 0, ["module", "projection"]] = None
+    log["singular_values"] = [x[: 4 + layer] for x, layer in zip(log["singular_values"], log["layer"], strict=True)]
+    (run,) = payload(log)["runs"]
+    assert spectra(run, "layers.0.q_proj", 0).shape == (4, 4) and spectra(run, "self_attn.q_proj", 2).shape == (4, 6)
 
 
 def test_seeds_are_averaged(log):
@@ -64,9 +72,9 @@ def test_the_page_of_a_long_run_of_a_large_model_stays_below_ten_megabytes(tmp_p
     pytest.importorskip("plotly")
     spectrum = np.random.default_rng(0).random(512).astype(np.float32)
     names = [field.name for field in SCHEMA if str(field.type) == "double"]
-    rows = {name: 0.123456789 for name in names} | {"module": "mlp", "expert": None, "singular_values": [spectrum]}
     index = pd.MultiIndex.from_product([range(300), range(80), list("abcdefg")], names=["step", "layer", "projection"])
-    log = index.to_frame(index=False).assign(**{k: v for k, v in rows.items() if k != "singular_values"})
+    columns = dict.fromkeys(names, 0.123456789) | {"module": "mlp", "parameter": "w", "expert": None}
+    log = index.to_frame(index=False).assign(**columns)
     log["singular_values"] = [spectrum] * len(log)
     path = write_report(log, "large", tmp_path / "report.html")
     assert path.stat().st_size < LIMIT

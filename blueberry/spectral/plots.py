@@ -78,15 +78,18 @@ def entropy_heatmap(log: pd.DataFrame) -> Figure:
 
 
 def layer_heatmap(log: pd.DataFrame, metric: str) -> Figure:
-    """Layer x step map of one metric, all panels on one colour scale."""
+    """Layer x step map of one metric, of experts their mean, all panels on one colour scale."""
     log = _over_steps(_with(log, metric))
-    norm = Normalize(log[metric].min(), log[metric].max())
+    tables = {key: _by_step(rows, "layer", metric).T for key, rows in log.groupby(["run", "module", "projection"])}
+    norm = Normalize(min(t.min(axis=None) for t in tables.values()), max(t.max(axis=None) for t in tables.values()))
     name = metric.replace("_", " ")
-    figure, found = panels(log, f"{name.capitalize()} by layer and step")
+    of_experts = " (mean of experts)" if log["expert"].nunique() > 1 else ""
+    figure, found = panels(log, f"{name.capitalize()} by layer and step{of_experts}")
     for axes, rows in found:
-        table = _by_step(rows, "layer", metric).T
+        table = tables[tuple(rows[["run", "module", "projection"]].iloc[0])]
         steps, layers = np.asarray(table.columns, float), np.asarray(table.index, float)
         axes.pcolormesh(edges(steps), edges(layers), table.to_numpy(float), cmap="viridis", norm=norm, rasterized=True)
+        axes.set_xlim(log["step"].min(), log["step"].max())  # cells reach half a step further than the run
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         count_steps(axes.xaxis)
         axes.grid(False)
@@ -122,10 +125,11 @@ def singular_spectrum_mri(log: pd.DataFrame) -> Figure:
     norm = Normalize(max(values.min(), values.max() - 4), values.max())
     figure, found = panels(deepest, f"Singular values of layer {deepest['layer'].max()} over training")
     for axes, rows in found:
-        spectra = rows.groupby("step")["singular_values"].agg(lambda s: np.stack(list(s)).mean(0))
-        image = log_sigma(np.stack(list(spectra)).T)  # (number, steps)
-        steps, places = edges(np.asarray(spectra.index, float)), np.linspace(0, 1, len(image) + 1)
+        spectra = _mean_spectra(rows, "step")
+        image = log_sigma(spectra.to_numpy())  # (number, steps)
+        steps, places = edges(np.asarray(spectra.columns, float)), np.linspace(0, 1, len(image) + 1)
         axes.pcolormesh(steps, places, image, cmap="magma", norm=norm, rasterized=True)
+        axes.set_xlim(log["step"].min(), log["step"].max())
         axes.set_ylim(1, 0)  # the largest on top
         count_steps(axes.xaxis)
         axes.grid(False)
@@ -231,10 +235,13 @@ def _against_depth(log: pd.DataFrame, metric: str, title: str, ylabel: str) -> F
 
 
 def _with(log: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows that have the metric, with layer and expert -1 for matrices that have none, run "" and seed 0."""
+    """The rows that have the metric; layer and expert -1 where there is none, run "", seed 0, and the module of what
+    has none named by its parameter."""
     rows = log[log[metric].notna()] if metric in log else log[:0]
     if rows.empty:
         raise NothingToDraw(f"the spectral log has no values of {metric}")
+    projection = rows["projection"].fillna(rows["parameter"])
+    rows = rows.assign(projection=projection, module=rows["module"].fillna(projection))
     whole = {name: rows[name].fillna(-1).astype(int) for name in ("layer", "expert")}
     rows = rows.assign(**whole, step=rows["step"].astype(int))
     return rows if "run" in rows else rows.assign(run="", seed=0)
@@ -273,11 +280,23 @@ def _from_zero(figure: Figure) -> None:
 
 
 def _spectrum_line(axes: Axes, rows: pd.DataFrame, **style: object) -> None:
-    """Mean spectrum of matrices of one shape, over i / r in (0, 1], with the range of the seeds."""
-    spectra = rows.groupby("seed")["singular_values"].agg(lambda s: np.stack(list(s)).mean(0))
-    table = pd.DataFrame(np.stack(list(spectra)).T.astype(float))
-    table.index = np.arange(1, len(table) + 1) / len(table)
-    _line_and_band(axes, table, **style)
+    """Mean spectrum over i / r in (0, 1], with the range of the seeds."""
+    _line_and_band(axes, _mean_spectra(rows, "seed"), **style)
+
+
+def _mean_spectra(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean spectra (places, values of `column`); those of narrower layers interpolated at the places of the widest."""
+    places = _places(max(map(len, rows["singular_values"])))
+    at_places = lambda spectrum: np.interp(places, _places(len(spectrum)), spectrum)
+    means = {
+        value: np.mean([at_places(spectrum) for spectrum in group["singular_values"]], axis=0)
+        for value, group in rows.groupby(column)
+    }
+    return pd.DataFrame(means, index=places)
+
+
+def _places(count: int) -> np.ndarray:
+    return np.arange(1, count + 1) / count
 
 
 def _subspace_dimension(rows: pd.DataFrame) -> int:

@@ -44,7 +44,9 @@ def payload(log: pd.DataFrame) -> dict[str, Any]:
     """What the page shows: metrics by run, projection and layer over steps, and spectra."""
     if "run" not in log:
         log = log.assign(run="run", seed=0)
-    log = log.assign(layer=log["layer"].fillna(-1).astype(int), place=log["module"] + "." + log["projection"])
+    projection = log["projection"].fillna(log["parameter"])
+    place = log["module"].fillna("") + "." + projection
+    log = log.assign(layer=log["layer"].fillna(-1).astype(int), place=place.str.removeprefix("."))
     metrics = [name for name in METRICS if log[name].notna().any()]
     cells = log.groupby(["run", "place", "layer"]).ngroups
     steps = int(np.clip(NUMBERS // (cells * len(metrics)), 2, MOST_STEPS))
@@ -61,17 +63,16 @@ def payload(log: pd.DataFrame) -> dict[str, Any]:
 def _run(name: str, rows: pd.DataFrame, metrics: list[str], points: int) -> dict[str, Any]:
     steps = sorted(rows["step"].unique())
     layers: dict[str, dict[int, Any]] = {}
-    places: dict[str, list[int]] = {}
     for (place, layer), of_cell in rows.groupby(["place", "layer"], sort=False):
         means = of_cell.groupby("step")[metrics].mean().reindex(steps).astype(float)
         cell: dict[str, Any] = {"values": {metric: _rounded(means[metric]) for metric in metrics}}
         spectra = of_cell[of_cell["singular_values"].notna()].groupby("step")["singular_values"]
         if len(spectra):
             shown = _shown(len(spectra.first().iloc[0]), points)
-            places[place] = [int(i) + 1 for i in shown]
+            cell["places"] = [int(i) + 1 for i in shown]
             cell["spectra"] = _packed({step: np.stack(list(s)).mean(0)[shown] for step, s in spectra}, steps)
         layers.setdefault(place, {})[int(layer)] = cell
-    return {"name": name, "steps": [int(step) for step in steps], "layers": layers, "places": places}
+    return {"name": name, "steps": [int(step) for step in steps], "layers": layers}
 
 
 def _rounded(values: pd.Series) -> list[float | None]:
