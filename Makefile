@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements.txt setup.cfg pyproject.toml
 demo: install
 	$(LAUNCH) scripts/train_llm.py --preset tiny --train_tokens 1500000 --track_manifold true \
 		--output_dir results/demo --overwrite_output_dir
-	$(BIN)/python scripts/track_manifold.py --plot_only --run results/demo
+	$(BIN)/python scripts/track_manifold.py --plot_only --run results/demo --report
 	$(BIN)/python scripts/generate.py --model results/demo --prompt "My fellow citizens,"
 
 test: install lint

@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py optimizer [--set dense|moe] [--loss] [--repeats 7] [--threads N]
 python scripts/benchmark.py model [--part training|...]
-python scripts/benchmark.py spectral [--preset blueberry-88m] [--weightwatcher] [--overhead]
+python scripts/benchmark.py spectral [--preset blueberry-88m] [--part log|weightwatcher|overhead]
 """
 
 import argparse

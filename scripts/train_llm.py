@@ -263,7 +263,7 @@ def finish(trainer, data, settings) -> None:
     from blueberry.training.replacing import EVAL_RESULTS
     from blueberry.training.run_folder import write_json
     from blueberry.training.summary import final_metrics, print_summary, sample
-    from trainer_callbacks import TensorBoardCallback
+    from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
 
     metrics = final_metrics(trainer) | {"eval_unigram_loss": data.unigram_loss}
     trainer.save_model()
@@ -278,6 +278,8 @@ def finish(trainer, data, settings) -> None:
         writer.add_scalar("eval/unigram_loss", data.unigram_loss, trainer.state.global_step)
         board.add_hparams(settings, rewrite_logs(metrics))
     print_summary(trainer, data, metrics, None if board is None else board.logging_dir)
+    if tracking := trainer.pop_callback(SpectralMetricsCallback):
+        print(tracking.summary())
     if data.tokenizer is not None:
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")
 

@@ -90,6 +90,7 @@ def run_script() -> Callable[..., None]:
     def run(name: str, *arguments: object) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [name, *map(str, arguments)])
+            patch.syspath_prepend(ROOT / "scripts")
             runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
     return run

@@ -38,6 +38,7 @@ ALLOWED = {
     "blueberry.manifolds": ("blueberry.errors", "blueberry.polar"),
     "blueberry.stiefel": ("blueberry.errors",),
     "blueberry.spectral": ("blueberry.errors", "blueberry.threads", "blueberry.spectral"),
+    "blueberry.spectral.tracked": ("blueberry.errors", "blueberry.optim", "blueberry.spectral"),
     "blueberry.optim": (
         "blueberry.errors",
         "blueberry.polar",

@@ -1,17 +1,25 @@
 """ManifoldConstraintCallback and the parts of a step's time, in the stock Trainer with Blueberry's optimizers."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL_MODEL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer, create_manifold_optimizer
-from trainer_callbacks import ManifoldConstraintCallback, StepTimeCallback, TensorBoardCallback
+from trainer_callbacks import (
+    ManifoldConstraintCallback,
+    RouterMetricsCallback,
+    SpectralMetricsCallback,
+    StepTimeCallback,
+    TensorBoardCallback,
+)
 
 DATA = [{"input_ids": row, "labels": row} for row in torch.randint(0, 300, (64, 8), generator=torch.manual_seed(1))]
 
@@ -48,6 +56,30 @@ def test_violations_singular_values_and_the_solver_are_logged(tmp_path):
         assert {f"manifold/stiefel_attention/{name}", f"manifold/stiefel_feed_forward/{name}"} <= tags
     assert [event.step for event in events.Scalars("manifold/constraint/violations")] == [2, 4]
     assert 0.9999 < events.Scalars("manifold/stiefel_attention/sigma_min")[-1].value <= 1.0001
+    charts = charts_of(events)["manifold"]
+    shown = {name: {tag for tag in tags if any(re.search(p, tag) for p in charts[name])} for name in charts}
+    assert shown["largest violation"] == {f"manifold/{kind}_muon/max_violation" for kind in ("stiefel", "hypersphere")}
+    assert shown["singular values"] > {"manifold/stiefel_attention/sigma_min", "manifold/stiefel_attention/sigma_max"}
+
+
+def charts_of(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
+    """Category -> chart -> patterns of the custom scalars tab."""
+    raw = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    layout = Layout.FromString(raw)
+    return {c.title: {chart.title: list(chart.multiline.tag) for chart in c.chart} for c in layout.category}
+
+
+def test_charts_of_several_callbacks_are_side_by_side(tmp_path):
+    board = TensorBoardCallback()
+    callbacks = [SpectralMetricsCallback(tensorboard=board), ManifoldConstraintCallback(board),
+                 RouterMetricsCallback(board)]  # fmt: skip
+    make_trainer(tmp_path, board, *callbacks, max_steps=2).train()
+    charts = charts_of(EventAccumulator(str(tmp_path / "runs")).Reload())
+    assert {"spectral_norm", "manifold", "router"} <= set(charts)
+    assert charts["router"]["load_imbalance"] == ["^load_imbalance/layer_(00|01)$"]
+    assert charts["spectral_norm"]["self_attn.q_proj"] == [
+        f"^spectral_norm/self_attn.q_proj/layer_0{layer}$" for layer in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(("on_violation", "steps"), [("warn", 4), ("project", 4), ("stop", 2)])

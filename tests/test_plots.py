@@ -67,20 +67,20 @@ def test_evolution_has_a_panel_per_projection_and_a_line_per_layer_with_expert_m
 
 
 def test_heatmap_places_unevenly_spaced_steps_to_scale(log):
-    mesh = plots.layer_heatmap(log).axes[0].collections[0]
+    mesh = plots.norm_heatmap(log).axes[0].collections[0]
     np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [-0.5, 0.5, 2.5, 7, 13])
     np.testing.assert_allclose(mesh.get_array(), [[1, 1.1, 1.4, 2], [2, 2.1, 2.4, 3], [3, 3.1, 3.4, 4]])
 
 
 def test_colours_of_a_heatmap_span_what_it_shows_and_its_steps_those_of_the_run(log):
-    figure = plots.layer_heatmap(log)
+    figure = plots.norm_heatmap(log)
     shown = np.concatenate([axes.collections[0].get_array().ravel() for axes in figure.axes[:2]])
     norm = figure.axes[0].collections[0].norm
     assert (norm.vmin, norm.vmax) == pytest.approx((shown.min(), shown.max()))
     assert norm.vmax == pytest.approx(4.5)  # experts of 4 and 5
     assert figure.axes[0].get_xlim() == (0, 10)
     assert "mean of experts" in figure.get_suptitle()
-    assert "mean of experts" not in plots.layer_heatmap(log[log["projection"] == "q_proj"]).get_suptitle()
+    assert "mean of experts" not in plots.norm_heatmap(log[log["projection"] == "q_proj"]).get_suptitle()
 
 
 def test_spectra_of_layers_of_different_width_are_drawn_and_averaged_at_relative_places(log):
@@ -128,6 +128,64 @@ def test_layers_are_told_apart_by_colour(log):
     assert len(colors) == 3
 
 
+def test_stretching_is_relative_to_the_first_step_of_each_matrix(log):
+    lines = plots.spectral_stretching(log).axes[1].lines
+    np.testing.assert_allclose(
+        lines[1].get_ydata(), [1, (2.1 / 2 + 3.1 / 3) / 2, (2.4 / 2 + 3.4 / 3) / 2, (3 / 2 + 4 / 3) / 2]
+    )
+
+
+def test_the_spectrum_map_has_a_column_per_step_and_the_largest_on_top(log):
+    axes = plots.singular_spectrum_mri(log).axes[0]
+    image = axes.collections[0].get_array()
+    assert image.shape == (8, 4)
+    np.testing.assert_allclose(image[:, -1], np.log10(np.linspace(4, 0.1, 8)), rtol=1e-6)
+    assert axes.yaxis_inverted()
+
+
+def shifted(log, norm: float, steps=(0, 1, 4, 10)) -> pd.DataFrame:
+    values = ("spectral_norm", "update_alignment", "update_energy_in_top_k", "singular_values")
+    log = log[log["step"].isin(steps)]
+    return log.assign(**{name: log[name].map(lambda value: value + norm) for name in values})
+
+
+def test_runs_are_side_by_side_with_shared_scales(log):
+    pair = plots.combined({"muon": [log], "adamw": [shifted(log, 7)]})
+    for draw in plots.FIGURES:
+        left, right, *others = draw(pair).axes
+        assert left.get_title() == "muon\nq_proj" and right.get_title() == "adamw\nq_proj", draw.__name__
+        assert left.get_ylim() == right.get_ylim() and left.get_xlim() == right.get_xlim(), draw.__name__
+        assert [axes.get_title() for axes in others[:2]] == ["up_proj (2 experts)"] * 2, draw.__name__
+        assert all(max(line.get_ydata()) <= right.get_ylim()[1] for line in right.lines), draw.__name__
+    left, right = plots.spectral_norm_evolution(pair).axes[:2]
+    np.testing.assert_allclose(right.lines[0].get_ydata() - left.lines[0].get_ydata(), 7)
+    meshes = [axes.collections[0] for axes in plots.norm_heatmap(pair).axes[:2]]
+    assert meshes[0].norm is meshes[1].norm and meshes[0].norm.vmax == 7 + 4.5  # the mean of two experts
+
+
+def test_seeds_are_a_mean_and_a_band_of_their_range(log):
+    seeds = plots.combined({"muon": [log, shifted(log, 1), shifted(log, 5)]})
+    for axes, experts in zip(plots.spectral_norm_evolution(seeds).axes, (0, 0.5), strict=False):
+        line, band = axes.lines[0], axes.collections[0].get_paths()[0].get_extents()
+        np.testing.assert_allclose(line.get_ydata(), np.array([1, 1.1, 1.4, 2]) + 2 + experts)
+        np.testing.assert_allclose((band.y0, band.y1), (1 + experts, 7 + experts))
+    assert len(plots.spectral_norm_vs_depth(seeds).axes[0].lines) == 4
+    spectrum = plots.singular_spectrum(seeds).axes[0]
+    assert len(spectrum.lines) == 4 and len(spectrum.collections) == 4
+
+
+def test_seeds_logged_at_other_steps_are_interpolated(log):
+    seeds = plots.combined({"muon": [log, shifted(log, 2, steps=(0, 10))]})
+    line = plots.spectral_norm_evolution(seeds).axes[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata(), [2, 2.1, 2.4, 3])  # a mean of two everywhere: the metric is linear
+
+
+def test_a_projection_that_one_run_lacks_says_so(log):
+    pair = plots.combined({"moe": [log], "dense": [log[log["projection"] == "q_proj"]]})
+    titles = [axes.get_title() for axes in plots.spectral_gap(pair).axes[:4]]
+    assert titles == ["moe\nq_proj", "dense\nq_proj", "up_proj (2 experts)", "not in this run"]
+
+
 def texts_of(figure) -> list[tuple[str, Bbox]]:
     """What a drawn figure says, and where."""
     FigureCanvasAgg(figure).draw()
@@ -143,15 +201,23 @@ def texts_of(figure) -> list[tuple[str, Bbox]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["spectral_norm_evolution", "norm_heatmap", "singular_spectrum", "spectral_norm_vs_depth"]
+    "name",
+    [
+        "spectral_norm_evolution",
+        "norm_heatmap",
+        "singular_spectrum",
+        "spectral_norm_vs_depth",
+        "singular_spectrum_mri",
+    ],
 )
-@pytest.mark.parametrize("change", [1e-8, 3e-4])
-def test_no_text_of_a_figure_covers_another_or_is_cut_off(log, name, change):
+@pytest.mark.parametrize(("change", "runs"), [(1e-8, 1), (3e-4, 1), (1e-8, 2)])
+def test_no_text_of_a_figure_covers_another_or_is_cut_off(log, name, change, runs):
     """However little the values change, and over a hundred thousand steps."""
     metrics = ["spectral_norm", "spectral_gap", "spectral_entropy", "update_alignment", "update_energy_in_top_k"]
     barely = log.assign(step=log.step * 12_500, **{m: 0.7 + change * log.spectral_norm for m in metrics})
-    wide = pd.concat([barely.assign(projection=f"{p}_proj_{p}") for p in "abcd"])
-    figure = plots.FIGURES[name](wide)
+    wide = pd.concat([barely.assign(projection=f"{p}_proj_{p}") for p in "abcd"[: 4 // runs]])
+    names = ["a_run_with_a_name_that_is_much_longer_than_its_panel", "b"][:runs]
+    figure = getattr(plots, name)(plots.combined({run: [wide] for run in names}))
     texts = texts_of(figure)
     assert len(texts) > 20
     for text, box in texts:
@@ -167,8 +233,14 @@ def test_a_metric_that_was_not_logged_is_an_error_for_one_figure_and_skipped_by_
         plots.update_alignment(weights_only)
     rows = [row for row in synthetic_rows() if row["step"] == 0]
     SpectralLog(tmp_path / "run" / "spectral_log").append(rows)
-    drawn = {path.stem for path in plots.draw_run(tmp_path / "run", tmp_path / "plots", formats=["svg"])}
-    assert "spectral_gap" in drawn and "update_alignment" not in drawn
+    drawn = {
+        path.stem for path in plots.draw(SpectralLog(tmp_path / "run" / "spectral_log").read(), tmp_path, ["svg"])
+    }
+    assert drawn == {  # of one step of weights: nothing over steps, nothing of updates
+        "singular_spectrum", "spectral_norm_vs_depth", "spectral_gap_vs_depth", "spectral_entropy_vs_depth",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="one step, 0"):
+        plots.spectral_gap(weights_only)
 
 
 def test_matrices_without_layers_are_drawn(log):
@@ -198,7 +270,7 @@ def test_the_command_draws_the_newest_run_from_its_log_without_torch(run):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = {path.name for path in (home / "results" / "research_plots" / "demo").iterdir()}
-    assert figures == {f"{name}.png" for name in plots.FIGURES}
+    assert figures == {f"{function.__name__}.png" for function in plots.FIGURES}
 
 
 def test_a_file_in_the_place_of_the_figures_is_one_line(run, tmp_path):
@@ -214,6 +286,7 @@ def test_missing_runs_and_logs_are_one_line_and_exit_code_2(tmp_path):
     for arguments, message in [
         (["--plot_only"], "no spectral log under results/"),
         (["--plot_only", "--run", "nowhere"], "no run folder nowhere"),
+        (["--compare", "empty", "nowhere"], "no run folder nowhere"),
         (["--plot_only", "--run", "empty"], "no spectral log in empty/spectral_log"),
         (["--plot_onl"], "--plot_only"),
     ]:

@@ -1,5 +1,7 @@
 """Fast mode agrees with exact mode to 1e-3 on every kind of spectrum, or computes exactly."""
 
+import math
+
 import pytest
 import torch
 
@@ -111,12 +113,31 @@ def test_what_a_gram_matrix_cannot_give_comes_from_an_svd(monkeypatch):
     assert calls and sigma_min == pytest.approx(real(weight)[-1].item(), rel=TOLERANCE)
 
 
-def test_a_power_law_tail_gives_its_exponent_back():
-    pytest.importorskip("powerlaw")
+@pytest.mark.parametrize("exponent", [1.8, 2.5, 5.0])
+def test_a_power_law_tail_gives_its_exponent_back(exponent):
     quantiles = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
-    eigenvalues = (1 - quantiles) ** (-1 / 1.5)  # density ~ lambda^-2.5 from 1 on
+    eigenvalues = (1 - quantiles) ** (-1 / (exponent - 1))  # density ~ lambda^-exponent from 1 on
     metrics = spectral_metrics(with_spectrum_of(eigenvalues.sqrt()), power_law=True)
-    assert metrics["power_law_exponent"] == pytest.approx(2.5, rel=0.05)  # 400 samples: 1.5 / sqrt(400) = 0.075
+    assert metrics["power_law_exponent"] == pytest.approx(
+        exponent, rel=0.05
+    )  # of 400 samples: 1.5 / 20 = 0.075 at 2.5
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (200, 200), (300, 40)])
+def test_the_tail_is_that_of_the_powerlaw_package_with_exponents_of_any_size(shape):
+    powerlaw = pytest.importorskip("powerlaw")
+    metrics = spectral_metrics(noise(*shape).double(), power_law=True)
+    eigenvalues = torch.tensor(metrics["singular_values"], dtype=torch.float64).square().numpy()
+    expected = powerlaw.Fit(eigenvalues, verbose=0, parameter_ranges={"alpha": [1, math.inf]}).power_law.alpha
+    assert metrics["power_law_exponent"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_equal_largest_eigenvalues_are_no_tail():
+    sigma = torch.cat([torch.full((5,), 9.0), torch.linspace(5, 1, 20)]).double()
+    assert 1 < spectral_metrics(torch.diag(sigma), power_law=True)["power_law_exponent"] < 20
+
+
+def test_few_eigenvalues_have_no_tail():
     few = spectral_metrics(noise(5, 9), power_law=True)
     assert few["power_law_exponent"] is None
     assert few["reason"] == "power_law_exponent: fewer than 10 different eigenvalues to fit"

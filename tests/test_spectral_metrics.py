@@ -143,6 +143,16 @@ def test_a_decomposition_that_does_not_converge_costs_its_own_matrix_only(monkey
     assert bad["spectral_norm"] is None and "did not converge" in bad["reason"]
 
 
+def test_an_update_whose_decomposition_does_not_converge_says_so(monkeypatch):
+    def eigh(grams):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    metrics = update_metrics(torch.randn(8, 9), torch.randn(8, 9), k=2, exact=False)
+    assert metrics["update_spectral_norm"] is None and metrics["update_frobenius_norm"] > 0
+    assert metrics["reason"].endswith(": the decomposition did not converge")
+
+
 def update_by_definition(weight: np.ndarray, update: np.ndarray, k: int) -> dict[str, float]:
     (uw, _, vw), (ud, sd, vd) = np.linalg.svd(weight), np.linalg.svd(update)
     cosines = lambda a, b: np.cos(scipy.linalg.subspace_angles(a, b)).mean()

@@ -1,6 +1,7 @@
 """What SpectralMetricsCallback tracks, when, at what cost, and where the numbers go."""
 
 import errno
+import re
 import time
 from itertools import pairwise
 
@@ -9,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from test_callbacks import Observer, StopAt, dense, mixture, read_log, trainer
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from blueberry.errors import UsageError
 from blueberry.spectral import SpectralLog, spectral_metrics
-from trainer_callbacks import SpectralMetricsCallback
+from blueberry.spectral.tracked import tracked_matrices
+from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
 from trainer_callbacks import spectral_metrics as module
 from trainer_callbacks.cadence import Budget, Milestones, TimedExecutor
-from trainer_callbacks.spectral_board import SpectralBoard
-from trainer_callbacks.tracked import tracked_matrices
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -143,6 +144,14 @@ def test_a_budget_knows_nothing_before_the_first_cost_and_has_no_limit_without_a
     assert Budget(None, 10).affords(None)
 
 
+def test_a_step_is_shortened_by_what_its_own_thread_did_for_tracking_alone():
+    budget = Budget(0.1, 10)
+    with budget.charged():
+        time.sleep(0.01)
+    budget.charge(5.0)  # a worker, meanwhile
+    assert 0.01 <= budget.spent_in_training < 1 and budget.spent == 5 + budget.spent_in_training
+
+
 def test_one_slow_first_step_does_not_raise_the_budget():
     budget = Budget(0.02, 1000)
     for seconds in (60.0, 0.1, 0.1):
@@ -227,7 +236,6 @@ def test_weights_alone_are_not_copied_twice(tmp_path, monkeypatch):
 
 
 def test_a_tail_exponent_is_logged_where_it_is_asked_for(tmp_path):
-    pytest.importorskip("powerlaw")
     trainer(tmp_path, SpectralMetricsCallback(metrics=["power_law_exponent"]), max_steps=1).train()
     log = read_log(tmp_path)
     assert log["power_law_exponent"].notna().any() and log["spectral_norm"].isna().all()
@@ -239,16 +247,47 @@ def test_exact_mode_gives_the_same_rows(tmp_path):
     pd.testing.assert_frame_equal(read_log(tmp_path / "fast"), read_log(tmp_path / "exact"), rtol=1e-3)
 
 
-def test_a_board_that_cannot_write_costs_its_own_picture_only(tmp_path, monkeypatch):
-    def full(self, step, rows):
+def test_a_full_disk_costs_tensorboard_and_the_log_and_not_the_training(tmp_path, monkeypatch, caplog):
+    def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(SpectralBoard, "write", full)
-    callback = SpectralMetricsCallback(2)
-    run = trainer(tmp_path, callback, max_steps=2)
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                monkeypatch.setattr(EventFileWriter, "add_event", full)
+                monkeypatch.setattr(pq, "write_table", full)
+
+    board = TensorBoardCallback()
+    callback = SpectralMetricsCallback(1, tensorboard=board)
+    run = trainer(tmp_path, board, callback, Fill(), logging_steps=1)
     run.train()
-    assert run.state.global_step == 2 and len(read_log(tmp_path)) == 2 * 14
-    assert "TensorBoard, step 2: could not write: [Errno 28]" in callback.summary()
+    board.close()
+    assert run.state.global_step == 8
+    assert sorted(set(read_log(tmp_path)["step"])) in ([0, 1], [0, 1, 2])  # the worker was ahead of the disk or not
+    summary = callback.summary()
+    assert "TensorBoard stopped: could not write: [Errno 28]" in summary
+    assert re.search(r"could not write step [23], step [34], step [45] and [45] more: \[Errno 28\]", summary)
+    assert caplog.text.count("TensorBoard stopped") == 2  # when it happened, and at the end
+    assert not list((tmp_path / "spectral_log").glob(".part*"))  # nothing half written keeps the disk full
+
+
+def test_nulls_that_are_true_by_definition_are_in_the_log_and_no_warning(tmp_path, caplog):
+    """Routers of 3 x 16 have no top-5 subspace; in the first step of a warm-up the weights stand still."""
+    callback = SpectralMetricsCallback(1, k=5)
+    trainer(tmp_path, callback, model=mixture(), max_steps=3, warmup_steps=2).train()
+    log = read_log(tmp_path)
+    first = log[log["step"] == 1]
+    assert first["reason"].str.contains("of the update, all entries are zero").all()
+    assert log[log["step"] == 3]["reason"].str.contains("k is not below the rank").any()
+    assert "null" not in callback.summary() and "spectral log" not in caplog.text
+
+
+def test_weights_that_an_optimizer_leaves_alone_are_a_warning(tmp_path, caplog):
+    model = dense()
+    run = trainer(tmp_path, SpectralMetricsCallback(1), model=model, max_steps=1)
+    run.optimizer = torch.optim.SGD([model.model.layers[0].mlp.up_proj.weight], lr=0.1)
+    run.train()
+    assert "13 rows have null update_alignment" in caplog.text
 
 
 def test_the_summary_counts_nulls_by_reason(tmp_path):

@@ -50,6 +50,8 @@ class Budget:
     def __init__(self, share: float | None, max_steps: int):
         self.share, self.max_steps = share, max_steps  # steps of this process, from where it began
         self.spent = 0.0
+        self.spent_in_training = 0.0  # the part of it that the training thread waited for
+        self._lock = threading.Lock()  # the worker charges too
         self.training_seconds = 0.0
         self.steps = 0
         self._recent: deque[float] = deque(maxlen=101)  # a compiling first step must not count for all
@@ -69,6 +71,11 @@ class Budget:
         steps = self.AHEAD * self.max_steps + (1 - self.AHEAD) * self.steps
         return self.spent + 2 * cost <= self.share * median(self._recent) * steps
 
+    def charge(self, seconds: float) -> None:
+        """Add what tracking took."""
+        with self._lock:
+            self.spent += seconds
+
     @contextmanager
     def charged(self) -> Iterator[None]:
         """Charge the wall time of the block, which runs in the training thread."""
@@ -76,7 +83,9 @@ class Budget:
         try:
             yield
         finally:
-            self.spent += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.spent_in_training += seconds
+            self.charge(seconds)
 
 
 class TimedExecutor(ThreadPoolExecutor):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 # Nine anchors of the viridis colour map (CC0, van der Walt & Smith), interpolated in between.
 _VIRIDIS = np.array(
@@ -13,7 +13,9 @@ _VIRIDIS = np.array(
     ]
 )  # fmt: skip
 _TEXT, _PAPER, _MISSING = (60, 60, 60), (255, 255, 255), (220, 220, 220)
-_LEFT, _TOP, _CELLS, _LINE = 170, 40, 480, 14  # pixels: margins, width of the map, least height of a block
+# TensorBoard shows an image at about half its size. Pixels: font, margins, width of the map, least height of a block.
+_FONT, _LEFT, _TOP, _CELLS, _LINE = 18, 200, 64, 440, 24
+_LONGEST_NAME = 20  # characters
 
 
 def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int], across: str = "step") -> np.ndarray:
@@ -24,13 +26,14 @@ def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int], acro
     low = min(np.nanmin(block) for block in blocks.values())
     high = max(np.nanmax(block) for block in blocks.values())
     heights = [max(_LINE, 6 * len(block)) for block in blocks.values()]
-    image = Image.new("RGB", (_LEFT + _CELLS + 20, _TOP + sum(heights) + 4 * len(heights) + 26), _PAPER)
+    image = Image.new("RGB", (_LEFT + _CELLS + 20, _TOP + sum(heights) + 4 * len(heights) + 30), _PAPER)
     draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(_FONT)
     draw.text((8, 6), title, _TEXT)
     _scale(image, draw, low, high)
     y = _TOP
     for (name, block), height in zip(blocks.items(), heights, strict=True):
-        draw.text((8, y + height // 2 - 6), name, _TEXT)
+        draw.text((8, y + height // 2), _shortened(name), _TEXT, anchor="lm")
         cells = Image.fromarray(_colors(block, low, high))
         image.paste(cells.resize((_CELLS, height), Image.Resampling.NEAREST), (_LEFT, y))
         y += height + 4
@@ -41,9 +44,13 @@ def heatmap(title: str, blocks: Mapping[str, np.ndarray], steps: list[int], acro
 
 def _scale(image: Image.Image, draw: ImageDraw.ImageDraw, low: float, high: float) -> None:
     ramp = _colors(np.linspace(0, 1, 120)[None], 0, 1)  # (1, 120, 3)
-    image.paste(Image.fromarray(ramp).resize((120, 8), Image.Resampling.NEAREST), (_LEFT + 60, 26))
-    draw.text((_LEFT + 54, 24), f"{low:.3g}", _TEXT, anchor="ra")
-    draw.text((_LEFT + 186, 24), f"{high:.3g}", _TEXT)
+    image.paste(Image.fromarray(ramp).resize((160, 14), Image.Resampling.NEAREST), (_LEFT + 80, 38))
+    draw.text((_LEFT + 72, 45), f"{low:.3g}", _TEXT, anchor="rm")
+    draw.text((_LEFT + 248, 45), f"{high:.3g}", _TEXT, anchor="lm")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
 
 
 def _colors(values: np.ndarray, low: float, high: float) -> np.ndarray:

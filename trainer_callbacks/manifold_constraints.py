@@ -10,9 +10,16 @@ from blueberry.errors import UsageError
 from blueberry.optim import ComposedOptimizer
 from blueberry.training.trainer import composed_optimizer
 
-from .tensorboard import TensorBoardCallback
+from .tensorboard import Charts, TensorBoardCallback
 
 ON_VIOLATION = ("warn", "project", "stop")
+CHARTS: Charts = {
+    "manifold": {
+        "largest violation": ["Multiline", [r"^manifold/\w+_muon/max_violation$"]],
+        "singular values": ["Multiline", [r"^manifold/\w+/sigma_(min|max)$"]],
+        "tangency residual": ["Multiline", [r"^manifold/\w+/tangency_residual$"]],
+    }
+}
 
 
 class ManifoldConstraintCallback(TrainerCallback):
@@ -59,6 +66,8 @@ class ManifoldConstraintCallback(TrainerCallback):
         if self._optimizer is None or not self._optimizer.check_constraints()["by_type"]:
             raise UsageError("the optimizer keeps no constraint to watch: train with --optimizer manifold or "
                              "create_manifold_optimizer, or drop the callback")  # fmt: skip
+        if self.tensorboard is not None and state.is_world_process_zero:
+            self.tensorboard.writer(args, state).add_charts(CHARTS)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

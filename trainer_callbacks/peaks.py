@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .tracked import Tracked
+from blueberry.spectral.tracked import Tracked
 
 Key = tuple[str, int | None]  # name of the matrix, expert
 

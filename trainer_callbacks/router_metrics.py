@@ -1,6 +1,6 @@
 """RouterMetricsCallback: how evenly a mixture of experts uses its experts, layer by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from blueberry.errors import UsageError
 from blueberry.spectral.names import matrix_name
 
 from .heatmap import heatmap
-from .tensorboard import TensorBoardCallback
+from .tensorboard import Charts, TensorBoardCallback, first_middle_last
+
+SCALARS = ("load_imbalance", "router_entropy", "dead_experts")
 
 
 class RouterMetricsCallback(TrainerCallback):
@@ -49,6 +51,8 @@ class RouterMetricsCallback(TrainerCallback):
         self._hooks = [
             module.register_forward_hook(partial(self._record, layer, index)) for layer, module, index in modules
         ]
+        if self.tensorboard is not None and state.is_world_process_zero:
+            self.tensorboard.writer(args, state).add_charts(_charts(layer for layer, _, _ in modules))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Turn what was counted into numbers, show them, and count anew."""
@@ -85,13 +89,18 @@ class RouterMetricsCallback(TrainerCallback):
 
     def _show(self, writer: Any, step: int) -> None:
         for layer, numbers in self.latest.items():
-            for name in ("load_imbalance", "router_entropy", "dead_experts"):
+            for name in SCALARS:
                 writer.add_scalar(f"{name}/layer_{layer:02d}", numbers[name], step)
         shares = np.array([numbers["tokens_per_expert"] for numbers in self.latest.values()])
         experts = list(range(shares.shape[1]))
         blocks = {f"layer {layer}": row[None] for layer, row in zip(self.latest, shares, strict=True)}
         image = heatmap("share of tokens per expert", blocks, experts, across="expert")
         writer.add_image("router/load", image, step, dataformats="HWC")
+
+
+def _charts(layers: Iterable[int]) -> Charts:
+    shown = "|".join(f"{layer:02d}" for layer in first_middle_last(layers))
+    return {"router": {name: ["Multiline", [rf"^{name}/layer_({shown})$"]] for name in SCALARS}}
 
 
 def router_modules(model: nn.Module) -> Iterator[tuple[int, nn.Module, int]]:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from blueberry.spectral.metrics import Row
 from blueberry.spectral.names import matrix_name
 
 from .heatmap import heatmap
+from .tensorboard import Charts, RunWriter, first_middle_last
 
 SCALARS = (
     "spectral_norm",
@@ -27,19 +27,19 @@ Place = tuple[str, int | None]  # (module.projection, layer)
 
 
 class SpectralBoard:
-    """Writes the logs of one run through a SummaryWriter. Experts of a layer are averaged.
+    """Writes the logs of one run. Experts of a layer are averaged.
 
     Tags are `<metric>/<module.projection>/layer_<nn>`; the custom scalars tab has one chart per metric and projection
     with the first, middle and last layer.
     """
 
-    def __init__(self, writer: SummaryWriter, parameters: Iterable[str]):
+    def __init__(self, writer: RunWriter, parameters: Iterable[str]):
         self.writer = writer
         names = [matrix_name(parameter) for parameter in parameters]
-        self.layers = _first_middle_last(sorted({name.layer for name in names if name.layer is not None}))
+        self.layers = first_middle_last(name.layer for name in names if name.layer is not None) or [None]
         self.projections = list(dict.fromkeys(f"{name.module}.{name.projection}" for name in names))
         self._history: dict[tuple[str, int | None, int], dict[str, float | None]] = {}
-        writer.add_custom_scalars(self._layout())
+        writer.add_charts(self._layout())
 
     def write(self, step: int, rows: Iterable[Row]) -> None:
         """Show the rows of one step."""
@@ -93,7 +93,7 @@ class SpectralBoard:
         get = lambda layer, step: self._history.get((projection, layer, step), {}).get(metric)
         return np.array([[get(layer, step) for step in steps] for layer in layers], dtype=float)
 
-    def _layout(self) -> dict[str, dict[str, list]]:
+    def _layout(self) -> Charts:
         """Few lines per chart: TensorBoard draws all lines of a run in one colour."""
         return {
             metric: {
@@ -102,10 +102,6 @@ class SpectralBoard:
             }
             for metric in SCALARS
         }
-
-
-def _first_middle_last(layers: list[int]) -> list[int | None]:
-    return sorted({layers[0], layers[len(layers) // 2], layers[-1]}) if layers else [None]
 
 
 def _mean(rows: list[Row], metric: str) -> float | None:

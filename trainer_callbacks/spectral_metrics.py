@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from blueberry.errors import UsageError
 from blueberry.spectral.analysis import analyze
 from blueberry.spectral.log import FOLDER, SpectralLog
-from blueberry.spectral.metrics import Row, add_reason, only
+from blueberry.spectral.metrics import BY_DEFINITION, ZERO_UPDATE, Row, add_reason, only
 from blueberry.spectral.names import (
     DEFAULT_METRICS,
     METRICS,
@@ -29,14 +29,13 @@ from blueberry.spectral.names import (
     UPDATE_METRICS,
     matrix_name,
 )  # fmt: skip
-from blueberry.spectral.power_law import require_powerlaw
+from blueberry.spectral.tracked import Selector, Tracked, check_selectors, tracked_matrices
 
 from .cadence import Budget, Milestones, TimedExecutor, log_schedule
 from .peaks import Key, Peaks
 from .spectral_board import SpectralBoard
 from .tensorboard import FOLDER as TENSORBOARD_FOLDER
-from .tensorboard import TensorBoardCallback, open_writer
-from .tracked import Selector, Tracked, check_selectors, tracked_matrices
+from .tensorboard import RunWriter, TensorBoardCallback
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +109,13 @@ class SpectralMetricsCallback(TrainerCallback):
         self.max_overhead = DEFAULT_OVERHEAD if max_overhead is None and is_default_cadence else max_overhead
         self.metrics = set(DEFAULT_METRICS if metrics is None else metrics)
         _require_known("metric", self.metrics, set(METRICS))
-        if POWER_LAW in self.metrics:
-            require_powerlaw()
         self.layers = None if layers is None else set(layers)
         self.projections = None if projections is None else set(projections)
         self.modules = None if modules is None else list(modules)
         self.top_k, self.k, self.exact = top_k, k, exact
         self.tensorboard = tensorboard
         self.workers = workers or min(8, max(1, (os.cpu_count() or 1) // 2))
-        self.failures: list[str] = []
+        self._failures: dict[str, list[str]] = defaultdict(list)  # error -> what could not be written
         self._trainer: Trainer | None = None
         self._before: dict[str, Tensor] | None = None
         self._pending: Future | None = None
@@ -134,22 +131,17 @@ class SpectralMetricsCallback(TrainerCallback):
     ) -> None:
         """Choose the matrices, put the log into the state of the checkpoint, and log the initial weights."""
         self._start(args, state, model)
-        if state.is_world_process_zero:
-            self.log = SpectralLog(Path(args.output_dir) / FOLDER)
-            self.board = SpectralBoard(self._writer(args, state), self._names)
-            _WORKER.submit(self._rewind, state.global_step).result()
-            if self._peaks is not None:
-                self._peaks.load(self._peaks_file(state))
-        if state.global_step == 0:
-            with self._budget.charged():
-                copies = self._copies(state)
-            self._record(0, state, copies)
+        with self._budget.charged():
+            if state.is_world_process_zero:
+                self._open(args, state)
+            if state.global_step == 0:
+                self._record(0, state, self._copies(state))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock of the step."""
-        self._step_begin, self._spent_before = time.perf_counter(), self._budget.spent
+        self._step_begin, self._spent_before = time.perf_counter(), self._budget.spent_in_training
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,21 +155,28 @@ class SpectralMetricsCallback(TrainerCallback):
                 self._before = self._copies(state) if self._wants_updates else {}
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         """Copy the weights again and hand both copies to the worker."""
         if self._before is not None:
             before, self._before = self._before, None
             with self._budget.charged():
                 after = self._copies(state)
-            self._record(state.global_step + 1, state, after, before)
+            stands_still = optimizer is not None and not any(group["lr"] for group in optimizer.param_groups)
+            expected = BY_DEFINITION | ({ZERO_UPDATE} if stands_still else set())  # the first step of a warm-up
+            self._record(state.global_step + 1, state, after, before, expected)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Wait for the worker before a checkpoint is written (it must not precede the rows of its steps) and before
         the trackers end the run; pass on what is finished."""
-        own = self._budget.spent - self._spent_before
+        own = self._budget.spent_in_training - self._spent_before
         self._budget.count_step(time.perf_counter() - self._step_begin - own)
         if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
             self._join()
@@ -213,13 +212,16 @@ class SpectralMetricsCallback(TrainerCallback):
         """Log the last weights if training stopped early, wait, compact the log and say what went wrong."""
         best_model_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if state.global_step > self._last_step and not best_model_loaded:
-            self._record(state.global_step, state, self._copies(state))
+            with self._budget.charged():
+                copies = self._copies(state)
+            self._record(state.global_step, state, copies)
         self._join()
         self._pass_on()
         self._pool.shutdown()
         if not state.is_world_process_zero:
             return
-        self._guarded("compaction", self.log.compact)
+        with self._budget.charged():
+            self._guarded("compaction", self.log.compact)
         logger.info("%s", self.summary())
         for failure in self._troubles():
             logger.warning("spectral log: %s", failure)
@@ -228,12 +230,22 @@ class SpectralMetricsCallback(TrainerCallback):
         """Wait for the log under way, where training ended before its end."""
         self._join()
 
+    @property
+    def logs(self) -> int:
+        """How many logs were taken."""
+        return self._logs
+
+    @property
+    def seconds_spent(self) -> float:
+        """What they cost: seconds of the training thread, and CPU seconds of the workers."""
+        return self._budget.spent
+
     def summary(self) -> str:
         """What was logged, what it cost, and what went wrong, in a few lines."""
-        share = self._budget.spent / max(self._budget.training_seconds, 1e-9)
+        share = self.seconds_spent / max(self._budget.training_seconds, 1e-9)
         lines = [
-            f"spectral log: {self._logs} logs of {len(self._names)} matrices and stacks, "
-            f"{self._budget.spent:.1f} s of copying and computing ({share:.1%} of the time in training steps)"
+            f"spectral log: {self.logs} logs of {len(self._names)} matrices and stacks, "
+            f"{self.seconds_spent:.1f} s of copying and computing ({share:.1%} of the time in training steps)"
         ]
         if self._left_out:
             lines.append(f"{self._left_out} logs were left out to keep to max_overhead={self.max_overhead}")
@@ -255,8 +267,17 @@ class SpectralMetricsCallback(TrainerCallback):
         self._logs = self._left_out = 0
         self._reasons: Counter[str] = Counter()
         self._wants_updates = bool(self.metrics & set(UPDATE_METRICS))
+        self._writes = state.is_world_process_zero
         wants_peaks = state.is_world_process_zero and self.metrics & set(PEAK_METRICS)
         self._peaks = Peaks([one for one, _ in self._tracked]) if wants_peaks else None
+
+    def _open(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The log and TensorBoard, in the state that they had at this step."""
+        self.log = SpectralLog(Path(args.output_dir) / FOLDER)
+        self.board = SpectralBoard(self._writer(args, state), self._names)
+        _WORKER.submit(self._rewind, state.global_step).result()
+        if self._peaks is not None:
+            self._peaks.load(self._peaks_file(state))
 
     def _choose(self, model: nn.Module) -> list[tuple[Tracked, set[str]]]:
         """What to read, and the names of the matrices to take from each."""
@@ -328,11 +349,20 @@ class SpectralMetricsCallback(TrainerCallback):
         return copies
 
     def _record(
-        self, step: int, state: TrainerState, after: dict[str, Tensor], before: dict[str, Tensor] | None = None
+        self,
+        step: int,
+        state: TrainerState,
+        after: dict[str, Tensor],
+        before: dict[str, Tensor] | None = None,
+        expected: set[str] = BY_DEFINITION,
     ) -> None:
-        """Hand one log to the worker; at most one is under way, so that copies do not pile up."""
+        """Hand one log to the worker; at most one is under way, so that copies do not pile up.
+
+        expected: causes of nulls that are not worth a warning.
+        """
         self._last_step = step
         self._join()
+        self._expected = expected
         if state.is_world_process_zero:
             tokens = state.num_input_tokens_seen or (0 if step == 0 else None)
             peaks = self._peaks.take() if self._peaks is not None and step else {}
@@ -360,11 +390,11 @@ class SpectralMetricsCallback(TrainerCallback):
                        power_law=POWER_LAW in self.metrics, workers=self._pool)  # fmt: skip
         rows = [self._finish({"step": step, "tokens": tokens} | row, peaks) for row in rows]
         self._guarded(f"step {step}", lambda: self.log.append(rows))
-        self._guarded(f"TensorBoard, step {step}", lambda: self.board.write(step, rows))
+        self.board.write(step, rows)
         if self._trainer is not None:
             self._finished.append((step, self.board.scalars(step)))
         cost = time.thread_time() - start + self._pool.cpu_seconds - in_pool
-        self._budget.spent += cost
+        self._budget.charge(cost)
         if step > self._first_step:
             self._cost = cost
 
@@ -378,8 +408,8 @@ class SpectralMetricsCallback(TrainerCallback):
             if gradient is None:
                 row = add_reason(row, "gradient_norm_peak", "no finite gradient")
         row = only(row, self.metrics)
-        if row["reason"]:
-            self._reasons.update(row["reason"].split("; "))
+        reasons = row["reason"].split("; ") if row["reason"] else []
+        self._reasons.update(reason for reason in reasons if reason.partition(": ")[2] not in self._expected)
         return row
 
     def _pass_on(self) -> None:
@@ -397,20 +427,27 @@ class SpectralMetricsCallback(TrainerCallback):
         return self.log.path / f".peaks-{state.global_step}.json"
 
     def _troubles(self) -> list[str]:
-        """Failed writes, and how many rows have nulls for which reason."""
-        return self.failures + [f"{count} rows have null {reason}" for reason, count in self._reasons.items()]
+        """What could not be written, and how many rows have nulls for which reason."""
+        failed = [f"could not write {_listed(what)}: {error}" for error, what in self._failures.items()]
+        nulls = [f"{count} rows have null {reason}" for reason, count in self._reasons.items()]
+        return failed + ([self.board.writer.failure] if self._writes and self.board.writer.failure else []) + nulls
 
     def _guarded(self, what: str, write: Callable[[], None]) -> None:
         """A full disk costs a log, not the training run."""
         try:
             write()
         except OSError as error:
-            self.failures.append(f"{what}: could not write: {error}")
+            self._failures[str(error)].append(what)
 
-    def _writer(self, args: TrainingArguments, state: TrainerState) -> SummaryWriter:
+    def _writer(self, args: TrainingArguments, state: TrainerState) -> RunWriter:
         if self.tensorboard is not None:
             return self.tensorboard.writer(args, state)
-        return open_writer(Path(args.output_dir) / TENSORBOARD_FOLDER, state.global_step)
+        return RunWriter(Path(args.output_dir) / TENSORBOARD_FOLDER, state.global_step)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _require_positive(**settings: float | None) -> None:

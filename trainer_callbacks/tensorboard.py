@@ -1,23 +1,81 @@
 """One logical TensorBoard log per run, in one fixed folder, that other callbacks may write into."""
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback as HFTensorBoardCallback
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "runs"
+Charts = dict[str, dict[str, list]]  # category -> chart -> ["Multiline", [regular expressions of tags]]
 
 
-def open_writer(folder: str | os.PathLike, step: int) -> SummaryWriter:
+class RunWriter(SummaryWriter):
     """A writer into `folder` that hides what an earlier process logged there after `step`.
+
+    A full disk costs TensorBoard, not the training run: `failure` then says what happened, and writing has ended.
 
     step: the step that training continues from; 0 starts over and hides everything.
     """
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+
+    def __init__(self, folder: str | os.PathLike, step: int):
+        super().__init__(str(folder), purge_step=step + 1 if step else 0)
+        self._events = _SurvivingEvents(self.file_writer.event_writer)
+        self.file_writer.event_writer = self._events
+        self._charts: Charts = {}
+
+    def add_charts(self, charts: Charts) -> None:
+        """Add categories to the custom scalars tab; it keeps those of other callbacks."""
+        self._charts |= charts
+        self.add_custom_scalars(self._charts)
+
+    @property
+    def failure(self) -> str | None:
+        """Why it stopped writing, if it did."""
+        return self._events.failure
+
+
+def first_middle_last(layers: Iterable[int]) -> list[int]:
+    """Few enough for one chart: TensorBoard draws all lines of a run in one colour."""
+    found = sorted(set(layers))
+    return sorted({found[0], found[len(found) // 2], found[-1]}) if found else []
+
+
+class _SurvivingEvents:
+    """An EventFileWriter that stops at its first OSError instead of raising it."""
+
+    def __init__(self, events: EventFileWriter):
+        self._events = events
+        self.failure: str | None = None
+
+    def add_event(self, event: Event) -> None:
+        self._guarded(lambda: self._events.add_event(event))
+
+    def flush(self) -> None:
+        self._guarded(self._events.flush)
+
+    def close(self) -> None:
+        self._guarded(self._events.close)
+
+    def get_logdir(self) -> str:
+        return self._events.get_logdir()
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        if self.failure is not None:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.failure = f"TensorBoard stopped: could not write: {error}"
+            logger.warning("%s; training goes on", self.failure)
 
 
 class TensorBoardCallback(HFTensorBoardCallback):
@@ -53,11 +111,11 @@ class TensorBoardCallback(HFTensorBoardCallback):
         if self.tb_writer is not None:
             self.tb_writer.close()
 
-    def writer(self, args: TrainingArguments, state: TrainerState) -> SummaryWriter:
+    def writer(self, args: TrainingArguments, state: TrainerState) -> RunWriter:
         """The writer of this run, opened when first asked for (rank 0 only)."""
         if self.tb_writer is None:
             self.logging_dir = self.logging_dir or os.path.join(args.output_dir, FOLDER)
-            self.tb_writer = open_writer(self.logging_dir, state.global_step)
+            self.tb_writer = RunWriter(self.logging_dir, state.global_step)
         return self.tb_writer
 
     def add_hparams(self, settings: Mapping[str, Any], metrics: Iterable[str]) -> None:

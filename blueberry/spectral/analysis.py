@@ -92,15 +92,20 @@ def _batches(slices: list[_Matrix]) -> list[list[int]]:
 
 
 def _analyze_batch(batch: list[_Matrix], top_k: int, k: int, updated: bool, exact: bool, power_law: bool) -> list[Row]:
-    weights = torch.stack([matrix.weight for matrix in batch])  # (B, out, in)
+    weights = _stack([matrix.weight for matrix in batch])  # (B, out, in)
     rows = weight_rows(weights, top_k, exact=exact, power_law=power_law)
     if batch[0].update is not None:
-        updates = torch.stack([matrix.update for matrix in batch]).double()
+        updates = _stack([matrix.update for matrix in batch]).double()
         before = weights.double() - updates if updated else weights
         for row, update_row in zip(rows, update_rows(before, updates, k, exact=exact), strict=True):
             reasons = [reason for reason in (row["reason"], update_row["reason"]) if reason]
             row |= update_row | {"reason": "; ".join(reasons) or None}
     return [_identity(matrix) | row for matrix, row in zip(batch, rows, strict=True)]
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """(B, out, in); a view of one alone."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
 
 def _identity(matrix: _Matrix) -> Row:

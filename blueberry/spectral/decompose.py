@@ -56,7 +56,8 @@ def fast_values(x: Tensor, accurate: Check) -> Tensor:
     values = torch.full(x.shape[:-1], torch.nan, dtype=x.dtype, device=x.device)
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for dtype in (torch.float32, torch.float64) if n > SMALL and _is_long(x) else (torch.float64,):
-        found = _eigenvalues(gram(x[left].to(dtype))).double().clamp(min=0)
+        chosen = x if left.all() else x[left]  # without a copy of large matrices
+        found = _eigenvalues(gram(chosen.to(dtype))).double().clamp(min=0)
         values[left] = found
         left[left.clone()] = ~accurate(found, rounding(n, dtype))
         if not left.any():

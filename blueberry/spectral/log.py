@@ -142,10 +142,14 @@ class SpectralLog:
 
     def _write(self, table: pa.Table, name: str) -> None:
         hidden = self.path / f".{name}"
-        with open(hidden, "wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(hidden, "wb") as file:
+                pq.write_table(table, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            hidden.unlink(missing_ok=True)  # half a part would keep a full disk full
+            raise
         os.replace(hidden, self.path / name)
 
 

@@ -30,6 +30,13 @@ from .power_law import power_law_exponent
 EPS = torch.finfo(torch.float64).eps
 NOT_FINITE = "entries are NaN or infinite"
 ZERO = "all entries are zero"
+ZERO_UPDATE = f"of the update, {ZERO}"
+BELOW_RANK = "k is not below the rank"
+NOT_CONVERGED = "the decomposition did not converge"
+ONE_VALUE = "there is one singular value"
+SINGULAR = "the matrix is singular to working precision"
+# Causes that a metric is null by its definition, of matrices that nothing is wrong with.
+BY_DEFINITION = {ZERO, f"of the weight, {ZERO}", BELOW_RANK, ONE_VALUE, SINGULAR}
 
 Row = dict[str, float | list[float] | str | None]
 
@@ -42,8 +49,7 @@ def spectral_metrics(weight: Tensor, top_k: int = 10, *, exact: bool = True, pow
     distribution, q = sigma / sum sigma. `stable_rank` = norm_F^2 / norm_2^2, `spectral_gap` = sigma_1 / sigma_2.
 
     exact: by an SVD in fp64; otherwise fast, to 1e-3 relative.
-    power_law: also `power_law_exponent`, the exponent of the tail of the eigenvalues sigma^2 (about 0.2 s; needs the
-        `powerlaw` package).
+    power_law: also `power_law_exponent`, the exponent of the tail of the eigenvalues sigma^2.
     """
     _require_matrix(weight)
     return weight_rows(weight[None], top_k, exact=exact, power_law=power_law)[0]
@@ -97,13 +103,14 @@ def update_rows(weights: Tensor, updates: Tensor, k: int = 5, *, exact: bool = F
     table["update_spectral_norm"] = table["update_spectral_norm"] * d_norms
     table |= {"update_frobenius_norm": d_norms, "update_to_weight_ratio": d_norms / w_norms}
     known = {name: column.tolist() for name, column in table.items()}
+    converged = ~(values.isnan().any(-1) | of_w.values.isnan().any(-1))
     rows = []
     for b, (of_weight, of_update) in enumerate(zip(bad_weight, bad_update, strict=True)):
         row = {name: known[name][b] for name in UPDATE_METRICS}
         if NOT_FINITE in (of_weight, of_update):
             row |= dict.fromkeys(set(UPDATE_METRICS) - {"update_energy_chance"})
         cause = f"of the weight, {of_weight}" if of_weight else f"of the update, {of_update}" if of_update else None
-        rows.append(_with_reason(row, cause or "k is not below the rank"))
+        rows.append(_with_reason(row, cause or (BELOW_RANK if converged[b] else NOT_CONVERGED)))
     return rows
 
 
@@ -120,7 +127,8 @@ def _prepared(matrices: Tensor) -> tuple[Tensor, Tensor, list[str | None]]:
     matrices = matrices.detach().to("cpu" if matrices.device.type == "mps" else matrices.device)
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64)  # one pass: NaN, inf, zero
     finite, zero = torch.isfinite(norms), norms == 0
-    x = matrices.double() / torch.where(zero, 1.0, norms)[:, None, None]
+    x = matrices.to(torch.float64, copy=True)
+    x /= torch.where(zero, 1.0, norms)[:, None, None]
     if not finite.all():
         x = torch.where(finite[:, None, None], x, torch.zeros((), dtype=x.dtype))
     causes = [
@@ -138,7 +146,7 @@ def _spectra(matrices: Tensor, exact: bool) -> tuple[Tensor, list[str | None]]:
         if cause == NOT_FINITE:
             sigma[b] = torch.nan
         elif sigma[b].isnan().any():
-            causes[b] = "the decomposition did not converge"
+            causes[b] = NOT_CONVERGED
     return sigma * norms[:, None], causes
 
 
@@ -253,7 +261,7 @@ def _has_rank(eigenvalues: Tensor, k: int) -> Tensor:
 
 
 def _rank_cause(sigma: Tensor) -> str:
-    return "there is one singular value" if len(sigma) == 1 else "the matrix is singular to working precision"
+    return ONE_VALUE if len(sigma) == 1 else SINGULAR
 
 
 def _with_power_law(row: Row) -> Row:

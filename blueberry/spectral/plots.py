@@ -1,35 +1,46 @@
 """Figures from a spectral log, one function per figure: DataFrame in, matplotlib Figure out. Needs no torch.
 
-Every figure has one panel per projection. Lines and bands over a MoE layer's experts are their mean and range.
-Layers are coloured by depth, steps by time (viridis and plasma: sequential, readable with any colour vision).
+Every figure has one panel per projection and run. Lines over a MoE layer's experts are their mean, with their range as
+a band; over several seeds they are the mean of the seeds, with the range of the seeds as the band. Layers are coloured
+by depth, steps by time (viridis and plasma: sequential, readable with any colour vision).
+
+`combined` puts the logs of several runs and seeds into one DataFrame that all figures take.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import Colorbar
-from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from blueberry.errors import UsageError
 
 from .chance import alignment_by_chance
-from .log import FOLDER, SpectralLog
+from .panels import CHANCE, by_depth, colorbar, count_steps, depth_colorbar, edges, label, panels
 
-CHANCE = {"color": "0.35", "linestyle": (0, (4, 3)), "linewidth": 1.0}
+Level = Callable[[pd.DataFrame], float]  # the chance level of a panel
 
 
 def spectral_norm_evolution(log: pd.DataFrame) -> Figure:
     """Largest singular value of each layer's weights over training."""
     return _evolution(log, "spectral_norm", "Spectral norm over training", r"spectral norm $\sigma_1$")
+
+
+def spectral_stretching(log: pd.DataFrame) -> Figure:
+    """Spectral norm of each layer's weights over its value at the first logged step."""
+    rows = _with(log, "spectral_norm").sort_values("step", kind="stable")
+    of_matrix = rows.groupby(["run", "seed", "parameter", "expert"])["spectral_norm"]
+    initial = of_matrix.transform("first").replace(0, np.nan)  # a LoRA product starts at zero
+    stretched = rows.assign(spectral_norm=rows["spectral_norm"] / initial)
+    title = "Hierarchical stretching: spectral norm over its initial value"
+    return _evolution(stretched, "spectral_norm", title, r"$\sigma_1(t)\,/\,\sigma_1(0)$")
 
 
 def spectral_gap(log: pd.DataFrame) -> Figure:
@@ -44,45 +55,46 @@ def spectral_entropy(log: pd.DataFrame) -> Figure:
 
 def update_alignment(log: pd.DataFrame) -> Figure:
     """Mean cosine between the top-k left subspaces of update and weights, with the level of random subspaces."""
-    figure = _evolution(
-        log, "update_alignment", "Alignment of updates with weights (dashed: chance)", "mean cosine, top-$k$ left"
-    )
-    for axes, rows in zip(figure.axes, _groups(log, "update_alignment"), strict=False):
-        out, k = int(rows["rows"].iloc[0]), _subspace_dimension(rows)
-        _chance_line(axes, alignment_by_chance(out, k))
-    return figure
+    level = lambda rows: alignment_by_chance(int(rows["rows"].iloc[0]), _subspace_dimension(rows))
+    title = "Alignment of updates with weights (dashed: chance)"
+    return _evolution(log, "update_alignment", title, "mean cosine, top-$k$ left", level)
 
 
 def update_energy_in_top_k(log: pd.DataFrame) -> Figure:
     """Share of the update's energy inside the weights' top-k left subspace, with its chance level k / out."""
+    level = lambda rows: float(rows["update_energy_chance"].iloc[0])
     title = "Update energy in the weights' top subspace (dashed: chance)"
-    figure = _evolution(log, "update_energy_in_top_k", title, r"share of $\|\Delta W\|_F^2$")
-    for axes, rows in zip(figure.axes, _groups(log, "update_energy_in_top_k"), strict=False):
-        _chance_line(axes, float(rows["update_energy_chance"].iloc[0]))
-    return figure
+    return _evolution(log, "update_energy_in_top_k", title, r"share of $\|\Delta W\|_F^2$", level)
 
 
-def layer_heatmap(log: pd.DataFrame, metric: str = "spectral_norm") -> Figure:
-    """Layer x step map of one metric, of experts their mean, all projections on one colour scale."""
-    log = _with(log, metric)
-    shown = log.groupby(["module", "projection", "layer", "step"])[metric].mean()
-    norm = Normalize(shown.min(), shown.max())
-    label = metric.replace("_", " ")
+def norm_heatmap(log: pd.DataFrame) -> Figure:
+    """Layer x step map of the spectral norm."""
+    return layer_heatmap(log, "spectral_norm")
+
+
+def entropy_heatmap(log: pd.DataFrame) -> Figure:
+    """Layer x step map of the spectral entropy."""
+    return layer_heatmap(log, "spectral_entropy")
+
+
+def layer_heatmap(log: pd.DataFrame, metric: str) -> Figure:
+    """Layer x step map of one metric, of experts their mean, all panels on one colour scale."""
+    log = _over_steps(_with(log, metric))
+    tables = {key: _by_step(rows, "layer", metric).T for key, rows in log.groupby(["run", "module", "projection"])}
+    norm = Normalize(min(t.min(axis=None) for t in tables.values()), max(t.max(axis=None) for t in tables.values()))
+    name = metric.replace("_", " ")
     of_experts = " (mean of experts)" if log["expert"].nunique() > 1 else ""
-    figure, panels = _panels(log, f"{label.capitalize()} by layer and step{of_experts}")
-    for axes, rows in panels:
-        table = rows.pivot_table(index="layer", columns="step", values=metric, aggfunc="mean")
+    figure, found = panels(log, f"{name.capitalize()} by layer and step{of_experts}")
+    for axes, rows in found:
+        table = tables[tuple(rows[["run", "module", "projection"]].iloc[0])]
         steps, layers = np.asarray(table.columns, float), np.asarray(table.index, float)
-        axes.pcolormesh(
-            _edges(steps), _edges(layers), table.to_numpy(float), cmap="viridis", norm=norm, rasterized=True
-        )
-        if len(steps) > 1:
-            axes.set_xlim(steps[0], steps[-1])  # cells reach half a step further than the run
+        axes.pcolormesh(edges(steps), edges(layers), table.to_numpy(float), cmap="viridis", norm=norm, rasterized=True)
+        axes.set_xlim(log["step"].min(), log["step"].max())  # cells reach half a step further than the run
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        _count_steps(axes.xaxis)
+        count_steps(axes.xaxis)
         axes.grid(False)
-    _label(figure, "step", "layer")
-    _colorbar(figure, ScalarMappable(norm, "viridis"), label)
+    label(figure, "step", "layer")
+    colorbar(figure, ScalarMappable(norm, "viridis"), name)
     return figure
 
 
@@ -90,157 +102,197 @@ def singular_spectrum(log: pd.DataFrame) -> Figure:
     """All singular values of each layer at the last logged step; dashed: the mean of the layers at the first."""
     log = _with(log, "singular_values")
     first, last = log["step"].min(), log["step"].max()
-    figure, panels = _panels(log, f"Singular values at step {last} (dashed: step {first}, mean of layers)")
-    colors = _by_depth(log)
-    for axes, rows in panels:
-        for layer, of_layer in rows[rows["step"] == last].groupby("layer"):
+    dashed = f" (dashed: step {first}, mean of layers)" if first < last else ""
+    figure, found = panels(log, f"Singular values at step {last}{dashed}")
+    colors = by_depth(log)
+    for axes, rows in found:
+        for layer, of_layer in rows[rows["step"] == rows["step"].max()].groupby("layer"):
             _spectrum_line(axes, of_layer, color=colors(layer), linewidth=1.4)
-        _spectrum_line(axes, rows[rows["step"] == first], **CHANCE)
-        axes.set_ylim(bottom=0)
-    _label(figure, "index $i$ / number of singular values", r"singular value $\sigma_i$")
-    _depth_colorbar(figure, log)
+        if first < last:
+            _spectrum_line(axes, rows[rows["step"] == rows["step"].min()], **CHANCE)
+    _from_zero(figure)
+    label(figure, "index $i$ / number of singular values", r"singular value $\sigma_i$")
+    depth_colorbar(figure, log)
+    return figure
+
+
+def singular_spectrum_mri(log: pd.DataFrame) -> Figure:
+    """All singular values of the last layer over training, as a map of index and step."""
+    log = _over_steps(_with(log, "singular_values"))
+    deepest = log[log["layer"] == log["layer"].max()]
+    log_sigma = lambda values: np.log10(np.maximum(values, 1e-12))
+    values = log_sigma(np.concatenate(list(deepest["singular_values"])))
+    norm = Normalize(max(values.min(), values.max() - 4), values.max())
+    figure, found = panels(deepest, f"Singular values of layer {deepest['layer'].max()} over training")
+    for axes, rows in found:
+        spectra = _mean_spectra(rows, "step")
+        image = log_sigma(spectra.to_numpy())  # (number, steps)
+        steps, places = edges(np.asarray(spectra.columns, float)), np.linspace(0, 1, len(image) + 1)
+        axes.pcolormesh(steps, places, image, cmap="magma", norm=norm, rasterized=True)
+        axes.set_xlim(log["step"].min(), log["step"].max())
+        axes.set_ylim(1, 0)  # the largest on top
+        count_steps(axes.xaxis)
+        axes.grid(False)
+    label(figure, "step", "index $i$ / number of singular values")
+    colorbar(figure, ScalarMappable(norm, "magma"), r"$\log_{10}\,\sigma_i$")
     return figure
 
 
 def spectral_norm_vs_depth(log: pd.DataFrame) -> Figure:
-    """Spectral norm against depth, one line per logged step (thinned to nine), coloured by step."""
-    log = _with(log, "spectral_norm")
-    steps = _thin(sorted(log["step"].unique()), 9)
-    norm, cmap = Normalize(0, max(1, steps[-1])), matplotlib.colormaps["plasma"].resampled(256)
-    figure, panels = _panels(log, "Spectral norm against depth")
-    for axes, rows in panels:
-        for step, of_step in rows[rows["step"].isin(steps)].groupby("step"):
-            mean = of_step.groupby("layer")["spectral_norm"].mean()
-            axes.plot(mean.index, mean, color=cmap(0.9 * norm(step)), marker="o", markersize=3, linewidth=1.2)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(figure, "layer", r"spectral norm $\sigma_1$")
-    shown = ListedColormap(cmap(np.linspace(0, 0.9, 256)))
-    _count_steps(_colorbar(figure, ScalarMappable(norm, shown), "step").ax.yaxis)
-    return figure
+    """Spectral norm against depth, one line per logged step, coloured by step."""
+    return _against_depth(log, "spectral_norm", "Spectral norm against depth", r"spectral norm $\sigma_1$")
 
 
-FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "spectral_norm_evolution": spectral_norm_evolution,
-    "norm_heatmap": lambda log: layer_heatmap(log, "spectral_norm"),
-    "singular_spectrum": singular_spectrum,
-    "spectral_gap": spectral_gap,
-    "spectral_norm_vs_depth": spectral_norm_vs_depth,
-    "spectral_entropy": spectral_entropy,
-    "entropy_heatmap": lambda log: layer_heatmap(log, "spectral_entropy"),
-    "update_alignment": update_alignment,
-    "update_energy_in_top_k": update_energy_in_top_k,
-}
+def spectral_gap_vs_depth(log: pd.DataFrame) -> Figure:
+    """sigma_1 / sigma_2 against depth, one line per logged step, coloured by step."""
+    return _against_depth(log, "spectral_gap", "Spectral gap against depth", r"spectral gap $\sigma_1/\sigma_2$")
 
 
-def draw_run(run_dir: str | Path, output_dir: str | Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Draw every figure that the log of a run has data for; returns the files written, `<figure>.<format>`.
+def spectral_entropy_vs_depth(log: pd.DataFrame) -> Figure:
+    """Spectral entropy against depth, one line per logged step, coloured by step."""
+    return _against_depth(log, "spectral_entropy", "Spectral entropy against depth", "spectral entropy (1 = flat)")
 
-    UsageError when the run has no spectral log.
-    """
-    log = SpectralLog(Path(run_dir) / FOLDER).read()
-    output_dir = Path(output_dir)
+
+FIGURES: tuple[Callable[[pd.DataFrame], Figure], ...] = (
+    spectral_norm_evolution,
+    spectral_stretching,
+    norm_heatmap,
+    singular_spectrum,
+    singular_spectrum_mri,
+    spectral_gap,
+    spectral_entropy,
+    entropy_heatmap,
+    update_alignment,
+    update_energy_in_top_k,
+    spectral_norm_vs_depth,
+    spectral_gap_vs_depth,
+    spectral_entropy_vs_depth,
+)
+
+
+class NothingToDraw(UsageError):
+    """The log holds no value of the metric that a figure shows, or one step of a figure over steps."""
+
+
+def combined(runs: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
+    """The logs of all seeds of each run (name -> logs) as one, with columns `run` and `seed`."""
+    return pd.concat(
+        [log.assign(run=name, seed=seed) for name, logs in runs.items() for seed, log in enumerate(logs)],
+        ignore_index=True,
+    )
+
+
+def draw(log: pd.DataFrame, output_dir: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
+    """Draw every figure that the log has data for; returns the files written, `<figure>.<format>`."""
     output_dir.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in tqdm(FIGURES.items(), desc="Drawing", unit="figure", delay=2):
+    for function in tqdm(FIGURES, desc="Drawing", unit="figure", delay=2):
         try:
-            figure = draw(log)
+            figure = function(log)
         except NothingToDraw:
             continue
         for suffix in formats:
-            written.append(output_dir / f"{name}.{suffix}")
+            written.append(output_dir / f"{function.__name__}.{suffix}")
             figure.savefig(written[-1], dpi=160)
     return written
 
 
-class NothingToDraw(UsageError):
-    """The log holds no value of the metric that a figure shows."""
-
-
-def _evolution(log: pd.DataFrame, metric: str, title: str, ylabel: str) -> Figure:
-    """One line per layer over steps; the band spans the layer's experts."""
-    log = _with(log, metric)
-    figure, panels = _panels(log, title)
-    colors = _by_depth(log)
-    for axes, rows in panels:
+def _evolution(log: pd.DataFrame, metric: str, title: str, ylabel: str, chance: Level | None = None) -> Figure:
+    """One line per layer over steps, and what chance would give."""
+    log = _over_steps(_with(log, metric))
+    figure, found = panels(log, title)
+    colors = by_depth(log)
+    for axes, rows in found:
         for layer, of_layer in rows.groupby("layer"):
-            by_step = of_layer.groupby("step")[metric].agg(["mean", "min", "max"]).astype(float)
-            axes.plot(by_step.index, by_step["mean"], color=colors(layer), linewidth=1.4)
-            if of_layer["expert"].nunique() > 1:
-                axes.fill_between(by_step.index, by_step["min"], by_step["max"], color=colors(layer), alpha=0.12, lw=0)
-        _count_steps(axes.xaxis)
-    _label(figure, "step", ylabel)
-    _depth_colorbar(figure, log)
+            _line_and_band(axes, _by_step(of_layer, _band(of_layer), metric), colors(layer))
+        if chance is not None:
+            axes.axhline(chance(rows), **CHANCE)
+        count_steps(axes.xaxis)
+    if chance is not None:
+        _from_zero(figure)
+    label(figure, "step", ylabel)
+    depth_colorbar(figure, log)
+    return figure
+
+
+def _against_depth(log: pd.DataFrame, metric: str, title: str, ylabel: str) -> Figure:
+    """One line per step that all seeds of a run have (thinned to nine) over layers."""
+    log = _with(log, metric)
+    norm, cmap = Normalize(0, max(1, log["step"].max())), matplotlib.colormaps["plasma"].resampled(256)
+    figure, found = panels(log, title)
+    for axes, rows in found:
+        seeds = rows.groupby("step")["seed"].nunique()
+        for step in _thin(list(seeds.index[seeds == seeds.max()]), 9):
+            of_step = rows[rows["step"] == step]
+            table = of_step.pivot_table(index="layer", columns=_band(of_step), values=metric, aggfunc="mean")
+            _line_and_band(axes, table, cmap(0.9 * norm(step)), marker="o", markersize=3, linewidth=1.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    label(figure, "layer", ylabel)
+    if log["step"].nunique() > 1:
+        shown = ListedColormap(cmap(np.linspace(0, 0.9, 256)))
+        count_steps(colorbar(figure, ScalarMappable(norm, shown), "step").ax.yaxis)
     return figure
 
 
 def _with(log: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows that have the metric: layer -1 outside numbered layers, what has no module named by its parameter."""
+    """The rows that have the metric; layer and expert -1 where there is none, run "", seed 0, and the module of what
+    has none named by its parameter."""
     rows = log[log[metric].notna()] if metric in log else log[:0]
     if rows.empty:
         raise NothingToDraw(f"the spectral log has no values of {metric}")
     projection = rows["projection"].fillna(rows["parameter"])
     rows = rows.assign(projection=projection, module=rows["module"].fillna(projection))
-    return rows.assign(layer=rows["layer"].fillna(-1).astype(int), step=rows["step"].astype(int))
+    whole = {name: rows[name].fillna(-1).astype(int) for name in ("layer", "expert")}
+    rows = rows.assign(**whole, step=rows["step"].astype(int))
+    return rows if "run" in rows else rows.assign(run="", seed=0)
 
 
-def _groups(log: pd.DataFrame, metric: str) -> Iterator[pd.DataFrame]:
-    return (rows for _, rows in _with(log, metric).groupby(["module", "projection"], sort=False))
+def _over_steps(log: pd.DataFrame) -> pd.DataFrame:
+    if log["step"].nunique() == 1:
+        raise NothingToDraw(f"the spectral log has one step, {log['step'].iloc[0]}")
+    return log
 
 
-def _panels(log: pd.DataFrame, title: str) -> tuple[Figure, Iterator[tuple[Axes, pd.DataFrame]]]:
-    """A figure with one panel per projection, in the order of the model, and (panel, its rows).
-
-    Sizes in inches, not constrained layout: solving for a layout takes longer than everything else here.
-    """
-    groups = list(log.groupby(["module", "projection"], sort=False))
-    columns = min(len(groups), 4 if len(groups) in (4, 7, 8) or len(groups) > 9 else 3)
-    lines = -(-len(groups) // columns)
-    width, height = 0.85 + 2.65 * columns + 0.6, 0.7 + 2.05 * lines + 0.1
-    figure = Figure(figsize=(width, height))
-    figure.suptitle(title, fontsize=12, y=1 - 0.12 / height, va="top")
-    grid = figure.add_gridspec(lines, columns, left=0.85 / width, right=1 - 1.0 / width, wspace=0.28,
-                               bottom=0.6 / height, top=1 - 0.65 / height, hspace=0.48)  # fmt: skip
-    for i in range(len(groups)):
-        figure.add_subplot(grid[i])
-    return figure, _titled(figure.axes, groups)
+def _band(rows: pd.DataFrame) -> str:
+    """What the band of a line spans."""
+    return "seed" if rows["seed"].nunique() > 1 else "expert"
 
 
-def _titled(panels: Sequence[Axes], groups: Sequence[tuple]) -> Iterator[tuple[Axes, pd.DataFrame]]:
-    for axes, ((module, projection), rows) in zip(panels, groups, strict=True):
-        experts = rows["expert"].nunique()
-        name = projection if module in (projection, "self_attn", "mlp") else f"{module}.{projection}"
-        axes.set_title(f"{name} ({experts} experts)" if experts > 1 else name, fontsize=9.5)
-        axes.grid(True, color="0.92", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, color="0.5", labelbottom=True)
-        axes.yaxis.get_offset_text().set_fontsize(7)  # "1e-6+1.2", where values barely change: beside the title
-        axes.margins(x=0.02)
-        yield axes, rows
+def _by_step(rows: pd.DataFrame, column: str, metric: str) -> pd.DataFrame:
+    """Means (steps, values of `column`); seeds that were logged at other steps are interpolated."""
+    by = [column] if column == "seed" else [column, "seed"]
+    table = rows.pivot_table(index="step", columns=by, values=metric, aggfunc="mean")
+    table = table.astype(float).interpolate(method="index", limit_area="inside")
+    return table.T.groupby(level=column).mean().T
 
 
-def _count_steps(axis: Axis) -> None:
-    """Whole steps with short labels: 800, 25k, 1.5M."""
-    axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axis.set_major_formatter(EngFormatter(sep=""))
+def _line_and_band(axes: Axes, table: pd.DataFrame, color: tuple, **style: object) -> None:
+    """The mean of the columns over the index, and their range."""
+    axes.plot(table.index, table.mean(axis=1), color=color, **{"linewidth": 1.4} | style)
+    if table.shape[1] > 1:
+        axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.12, lw=0)
 
 
-def _label(figure: Figure, x: str, y: str) -> None:
-    width, height = figure.get_size_inches()
-    figure.supxlabel(x, fontsize=10, y=0.1 / height, va="bottom")
-    figure.supylabel(y, fontsize=10, x=0.12 / width, ha="left")
-
-
-def _chance_line(axes: Axes, level: float) -> None:
-    axes.axhline(level, **CHANCE)
-    axes.set_ylim(bottom=0)
+def _from_zero(figure: Figure) -> None:
+    """Scales from zero on, once everything is drawn: from then on they do not follow what is drawn."""
+    for axes in figure.axes:
+        axes.set_ylim(bottom=0)
 
 
 def _spectrum_line(axes: Axes, rows: pd.DataFrame, **style: object) -> None:
-    """Mean spectrum over i / r in (0, 1]; where layers differ in width, interpolated at the places of the widest."""
+    """Mean spectrum over i / r in (0, 1], with the range of the seeds."""
+    _line_and_band(axes, _mean_spectra(rows, "seed"), **style)
+
+
+def _mean_spectra(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean spectra (places, values of `column`); those of narrower layers interpolated at the places of the widest."""
     places = _places(max(map(len, rows["singular_values"])))
-    spectra = [np.interp(places, _places(len(spectrum)), spectrum) for spectrum in rows["singular_values"]]
-    axes.plot(places, np.mean(spectra, axis=0), **style)
+    at_places = lambda spectrum: np.interp(places, _places(len(spectrum)), spectrum)
+    means = {
+        value: np.mean([at_places(spectrum) for spectrum in group["singular_values"]], axis=0)
+        for value, group in rows.groupby(column)
+    }
+    return pd.DataFrame(means, index=places)
 
 
 def _places(count: int) -> np.ndarray:
@@ -250,47 +302,6 @@ def _places(count: int) -> np.ndarray:
 def _subspace_dimension(rows: pd.DataFrame) -> int:
     """k, which the log holds as the chance level k / out."""
     return round(float(rows["update_energy_chance"].iloc[0]) * int(rows["rows"].iloc[0]))
-
-
-def _depth_map(log: pd.DataFrame) -> tuple[Colormap, np.ndarray]:
-    """One viridis colour per layer (without the yellow end, too light for lines) and the layers."""
-    layers = np.sort(log["layer"].unique())
-    return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(layers)))), layers
-
-
-def _by_depth(log: pd.DataFrame) -> Callable[[int], tuple]:
-    cmap, layers = _depth_map(log)
-    return lambda layer: cmap(int(np.searchsorted(layers, layer)))
-
-
-def _depth_colorbar(figure: Figure, log: pd.DataFrame) -> None:
-    cmap, layers = _depth_map(log)
-    if len(layers) > 1:
-        norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
-        places = np.unique(np.linspace(0, len(layers) - 1, min(len(layers), 8)).round().astype(int))
-        bar = _colorbar(figure, ScalarMappable(norm, cmap), "layer")
-        bar.set_ticks(places, labels=[str(layers[i]) for i in places], minor=False)
-        bar.ax.minorticks_off()
-
-
-def _colorbar(figure: Figure, mappable: ScalarMappable, label: str) -> Colorbar:
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((1 - 0.85 / width, 0.75 / height, 0.13 / width, 1 - 1.55 / height))
-    bar = figure.colorbar(mappable, cax=axes)
-    bar.set_label(label, fontsize=9.5)
-    bar.ax.tick_params(labelsize=8)
-    bar.ax.yaxis.get_offset_text().set(fontsize=7, ha="center")
-    bar.ax.yaxis.OFFSETTEXTPAD = 8  # points: above the topmost label
-    bar.outline.set_visible(False)
-    return bar
-
-
-def _edges(centers: np.ndarray) -> np.ndarray:
-    """Cell edges halfway between centres, so that steps logged unevenly keep their place on the axis."""
-    if len(centers) == 1:
-        return centers[0] + np.array([-0.5, 0.5])
-    middle = (centers[1:] + centers[:-1]) / 2
-    return np.concatenate([[2 * centers[0] - middle[0]], middle, [2 * centers[-1] - middle[-1]]])
 
 
 def _thin(values: Sequence[int], n: int) -> list[int]:

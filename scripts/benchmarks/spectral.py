@@ -16,29 +16,32 @@ from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer
 from blueberry.spectral import analyze
-from trainer_callbacks.tracked import tracked_matrices
+from blueberry.spectral.tracked import tracked_matrices
 
 from .common import Record, interleaved_medians, machine
 
+PARTS = ("log", "weightwatcher", "overhead")
 PRESETS = ("blueberry-88m", "blueberry-moe", "tiny")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default=PRESETS[0])
-    parser.add_argument("--weightwatcher", action="store_true", help="also its analyze(): minutes a repeat")
-    parser.add_argument("--overhead", action="store_true", help="training with tracking on and off instead")
-    parser.add_argument("--steps", type=int, default=60, help="steps a training run for --overhead")
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="default: all; overhead trains with and without"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="steps of a training run of the part overhead")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Record]:
-    if arguments.overhead:
-        from .spectral_overhead import benchmark_overhead
-
-        yield from benchmark_overhead(arguments.steps, arguments.repeats)
-    else:
-        yield from benchmark_log(arguments.preset, arguments.repeats)
-        if arguments.weightwatcher:
+    for part in arguments.part or PARTS:
+        if part == "log":
+            yield from benchmark_log(arguments.preset, arguments.repeats)
+        elif part == "weightwatcher":
             yield from benchmark_weightwatcher(arguments.preset, arguments.repeats)
+        else:
+            from .spectral_overhead import benchmark_overhead
+
+            yield from benchmark_overhead(arguments.steps, arguments.repeats)
 
 
 def one_step(preset: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
@@ -93,7 +96,6 @@ def benchmark_log(preset: str, repeats: int) -> Iterator[Record]:
     workers = os.cpu_count() or 1
     sides = {
         "blueberry": partial(analyze, after, updates, updated=True, workers=workers),
-        "blueberry, exact": partial(analyze, after, updates, updated=True, exact=True, workers=workers),
         "original functions": partial(original_log, after, updates),
     }
     seconds = interleaved_medians(sides, repeats)
@@ -108,18 +110,18 @@ def benchmark_weightwatcher(preset: str, repeats: int) -> Iterator[Record]:
     sides = {
         "blueberry": partial(analyze, layers, workers=workers),
         "blueberry, power_law": partial(analyze, layers, power_law=True, workers=workers),
-        "weightwatcher": partial(weightwatcher_analyze, model),
+        "weightwatcher": partial(weightwatcher_analyze, model.model.layers),  # without the embedding
     }
     seconds = interleaved_medians(sides, repeats)
     yield from _records("weights", preset, layers, seconds, "weightwatcher", repeats)
 
 
 def weightwatcher_analyze(model: nn.Module) -> int:
-    """How many layers it analyzed, silently."""
+    """How many layers it analyzed."""
     try:
         import weightwatcher
     except ImportError:
-        raise UsageError("--weightwatcher needs the weightwatcher package: pip install weightwatcher") from None
+        raise UsageError("--part weightwatcher needs the package of that name: pip install weightwatcher") from None
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

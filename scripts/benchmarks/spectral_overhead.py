@@ -1,12 +1,17 @@
-"""What tracking with the default settings costs: the same training with and without it, in turns."""
+"""What tracking costs: the same training without it, with the default settings and with a log at every step, in turns.
+
+A log at every step makes the cost large against the noise of a machine, and so shows whether the callback counts all
+of it: its own count decides how many logs fit into the default budget.
+"""
 
 import contextlib
+import io
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -15,40 +20,65 @@ from trainer_callbacks import SpectralMetricsCallback
 
 from .common import Record, machine
 
+SIDES = ("without", "default", "every step")
+
+
+class Run(NamedTuple):
+    """Seconds in training, CPU seconds of the process in them, what the callback counts as its own, and its logs."""
+
+    seconds: float
+    cpu_seconds: float
+    counted: float = 0.0
+    logs: int = 0
+
 
 def benchmark_overhead(steps: int, repeats: int) -> Iterator[Record]:
-    """Seconds in training of the `tiny` preset at the sizes of `make demo`, on random tokens.
-
-    One round to warm up, then pairs in alternating order.
-    """
-    train(8, tracked=True)
-    pairs = []
+    """The `tiny` preset at the sizes of `make demo`, on random tokens; a warm-up, then rounds in changing order."""
+    train(8, "every step")
+    rounds = []
     for number in range(repeats):
-        order = (False, True) if number % 2 == 0 else (True, False)
-        pairs.append({tracked: train(steps, tracked) for tracked in order})
-    ratios = [pair[True][0] / pair[False][0] for pair in pairs]
-    yield {"benchmark": "spectral overhead", "preset": "tiny", "steps": steps,
-           "seconds_without": round(statistics.median(pair[False][0] for pair in pairs), 2),
-           "seconds_with": round(statistics.median(pair[True][0] for pair in pairs), 2),
-           "overhead": round(statistics.median(ratios) - 1, 4), "ratios": [round(ratio, 4) for ratio in ratios],
-           "tracking": pairs[-1][True][1], "n": repeats, **machine()}  # fmt: skip
+        order = SIDES if number % 2 == 0 else SIDES[::-1]
+        rounds.append({side: train(steps, side) for side in order})
+    for side in SIDES[1:]:
+        yield _record(side, steps, rounds) | machine()
 
 
-def train(steps: int, tracked: bool) -> tuple[float, str]:
-    """Seconds of `steps` steps and what the callback says about its cost."""
+def train(steps: int, side: str) -> Run:
+    """Train `steps` steps; what the Trainer prints is dropped, stdout is for the records."""
     torch.manual_seed(0)
     config = BlueberryConfig.from_preset("tiny")
     rows = torch.randint(0, config.vocab_size, (16 * 8, 256))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    callbacks = [SpectralMetricsCallback()] if tracked else []
-    with tempfile.TemporaryDirectory() as folder:
+    tracking = SpectralMetricsCallback(every_n_steps=1 if side == "every step" else None)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = BlueberryTrainingArguments(
             str(Path(folder) / "run"), max_steps=steps, report_to="none", save_strategy="no", eval_strategy="no",
             disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
+        callbacks = [] if side == "without" else [tracking]
         trainer = BlueberryTrainer(BlueberryForCausalLM(config), args, train_dataset=data, callbacks=callbacks)
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the records
-            trainer.train()
-        seconds = time.perf_counter() - start
-    return seconds, callbacks[0].summary() if tracked else ""
+        start, cpu_start = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Run(seconds, cpu_seconds, *((tracking.seconds_spent, tracking.logs) if callbacks else ()))
+
+
+def _record(side: str, steps: int, rounds: list[dict[str, Run]]) -> Record:
+    """Medians over the rounds, as shares of the same round without tracking.
+
+    On a machine with other work, CPU seconds (with --threads 1, where no thread spins) are the steadier measure.
+    """
+    with_, without = [one[side] for one in rounds], [one["without"] for one in rounds]
+    wall = [a.seconds / b.seconds - 1 for a, b in zip(with_, without, strict=True)]
+    cpu = [a.cpu_seconds / b.cpu_seconds - 1 for a, b in zip(with_, without, strict=True)]
+    counted = [a.counted / b.seconds for a, b in zip(with_, without, strict=True)]
+    per_log = [(a.cpu_seconds - b.cpu_seconds) / a.logs for a, b in zip(with_, without, strict=True)]
+    shares = {"overhead": wall, "cpu_overhead": cpu, "counted": counted}
+    medians = {name: round(statistics.median(values), 4) for name, values in shares.items()}
+    all_values = {f"{name}s": [round(value, 4) for value in values] for name, values in shares.items()}
+    return {"benchmark": "spectral overhead", "preset": "tiny", "steps": steps, "tracking": side,
+            "logs": with_[0].logs, "seconds_without": round(statistics.median(b.seconds for b in without), 2),
+            "cpu_seconds_without": round(statistics.median(b.cpu_seconds for b in without), 2),
+            "cpu_seconds_a_log": round(statistics.median(per_log), 3),
+            "counted_seconds_a_log": round(statistics.median(a.counted / a.logs for a in with_), 3),
+            **medians, **all_values, "n": len(rounds)}  # fmt: skip

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from blueberry.errors import UsageError
-from blueberry.optim.layouts import layout_of
-from blueberry.optim.roles import Place, places
-from blueberry.optim.splits import Layout, cut
-from blueberry.spectral.names import matrix_name
+from ..errors import UsageError
+from ..optim.layouts import layout_of
+from ..optim.roles import Place, places
+from ..optim.splits import Layout, cut
+from .names import matrix_name
 
 Selector = str | type[nn.Module]  # a regular expression for parameter names, or the type of the module that owns them
 
@@ -53,9 +53,9 @@ def tracked_matrices(model: nn.Module, modules: Iterable[Selector] | None = None
     """The matrices and stacks of matrices of a model worth tracking.
 
     By default all trainable 2-D and 3-D parameters inside numbered layers, or, in a model without numbered layers,
-    all of them; never embeddings and convolutions. Routers count, being matrices. Of LoRA adapters the product BA is
-    tracked instead of its factors. `modules` chooses otherwise: regular expressions that are searched in parameter
-    names, and types of modules; one that matches nothing is a UsageError.
+    all of them; never embeddings, convolutions and biases. Routers count, being matrices. Of LoRA adapters the product
+    BA is tracked instead of its factors. `modules` chooses otherwise: regular expressions that are searched in
+    parameter names, and types of modules; one that matches nothing is a UsageError.
     """
     found = places(model)
     factors = [place for place in found if place.lora_layer is not None]
@@ -67,11 +67,15 @@ def tracked_matrices(model: nn.Module, modules: Iterable[Selector] | None = None
 
 
 def _worth_tracking(found: list[Place]) -> list[Place]:
-    matrices = [
-        p for p in found if not isinstance(p.owner, nn.Embedding | _ConvNd) and ".lora_embedding_" not in p.name
-    ]
+    matrices = [place for place in found if not _is_no_matrix(place)]
     layered = [place for place in matrices if matrix_name(place.name).layer is not None]
     return layered or matrices
+
+
+def _is_no_matrix(place: Place) -> bool:
+    """Embeddings, convolutions, and biases of experts, which are stacks of vectors."""
+    embedding_or_convolution = isinstance(place.owner, nn.Embedding | _ConvNd) or ".lora_embedding_" in place.name
+    return embedding_or_convolution or place.leaf.endswith("bias")
 
 
 def _selected(found: list[Place], selectors: Iterable[Selector]) -> list[Place]:
