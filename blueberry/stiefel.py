@@ -24,9 +24,9 @@ write Y = K + L in the basis of its eigenvectors. Three solvers:
 All three turn the last M into A = W T + (G - W P) B with B = M^-1 and the skew T that solves M T + T M = 2 K. That is
 the minimiser of the same bound over tangent vectors, so A is exactly tangent however early the iteration stops, and it
 is the polar factor of X once L is optimal. Before that a few singular values exceed 1, where dividing by the largest
-would shorten the whole step: they are clipped first, again in (short, short). Gradients of training need it most: their
-spectra decay quickly, and the dual then converges slowly. For square W, C = 0 and L = 0 is optimal: A = W msign(K), in
-closed form.
+would shorten the whole step: they are clipped first, again in (short, short). Gradients of training need it most,
+because their spectra decay quickly and the dual then converges slowly. For square W, C = 0 and L = 0 is optimal:
+A = W msign(K), in closed form.
 """
 
 from typing import NamedTuple
@@ -180,8 +180,8 @@ def _polished(rotation: Tensor) -> Tensor:
 def _clipped(rotation: Tensor, outward: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
     """(T, B) of A = W T + (G - W P) B with what exceeds 1 taken off the singular values, and A still tangent.
 
-    A S with S = V diag(min(1, 1 / sigma)) V^T has no singular value above 1, but T S is not skew: its skew part is kept.
-    All of it is (batch, short, short).
+    A S with S = V diag(min(1, 1 / sigma)) V^T has no singular value above 1, but T S is not skew: its skew part is
+    kept. All of it is (batch, short, short).
     """
     squares, vectors = torch.linalg.eigh(rotation.mT @ rotation + outward.mT @ outer @ outward)  # of A^T A
     excess = 1 - squares.clamp_min(1).rsqrt()
