@@ -15,7 +15,7 @@ import datasets
 import torch
 import transformers
 from scipy import stats
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM, BlueberryTrainer, BlueberryTrainingArguments
 from blueberry.training.data import PreparedData
@@ -82,6 +82,7 @@ def train(run: Run, data: PreparedData, folder: Path, watch: Sequence[TrainerCal
     trainer = BlueberryTrainer(
         model, run.arguments(folder), train_dataset=data.train, eval_dataset=data.validation, callbacks=[clock, *watch]
     )
+    trainer.remove_callback(PrinterCallback)
     with redirect_stdout(sys.stderr):  # the audit of every run
         trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
