@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -23,6 +25,7 @@ from blueberry.training.run_folder import write_json
 from trainer_callbacks import StepTimeCallback
 
 Record = dict[str, Any]
+FURTHEST = 3  # doublings or halvings of a learning rate that tuning tries beyond the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +46,13 @@ class Run:
     def name(self) -> str:
         return f"{self.optimizer}-lr{self.lr:g}-{self.steps}x{self.batch}x{self.length}-seed{self.seed}"
 
-    def arguments(self, folder: Path) -> BlueberryTrainingArguments:
+    def arguments(self, folder: str) -> BlueberryTrainingArguments:
         """A constant batch, a log of every step, one evaluation at the end, nothing saved."""
         learning_rates = {"adamw_lr": self.lr} if self.optimizer == "adamw" else {
             "muon_lr": self.lr, "adamw_lr": self.adamw_lr
         }  # fmt: skip
         return BlueberryTrainingArguments(
-            str(folder), optimizer=self.optimizer, max_steps=self.steps, per_device_train_batch_size=self.batch,
+            folder, optimizer=self.optimizer, max_steps=self.steps, per_device_train_batch_size=self.batch,
             per_device_eval_batch_size=self.batch, seed=self.seed, logging_steps=1, eval_strategy="no",
             save_strategy="no", report_to="none", disable_tqdm=True, **learning_rates,
         )  # fmt: skip
@@ -68,26 +71,28 @@ def record_of(run: Run, data: PreparedData, folder: Path, watch: Sequence[Traine
         if record["run"] == settings:
             return record
     start = time.perf_counter()
-    numbers = train(run, data, folder, watch)
+    numbers = train(run, data, watch)
     record = {"run": settings, **numbers, "seconds": round(time.perf_counter() - start, 2), "versions": versions()}
     write_json(path, record)
     return record
 
 
-def train(run: Run, data: PreparedData, folder: Path, watch: Sequence[TrainerCallback]) -> Record:
+def train(run: Run, data: PreparedData, watch: Sequence[TrainerCallback]) -> Record:
     """Losses and gradient norms of all steps, validation loss, times of a step's parts (medians, ms)."""
     set_seed(run.seed)
     model = BlueberryForCausalLM(BlueberryConfig(**run.model))
-    clock = StepTimeCallback()
-    trainer = BlueberryTrainer(
-        model, run.arguments(folder), train_dataset=data.train, eval_dataset=data.validation, callbacks=[clock, *watch]
-    )
-    trainer.remove_callback(PrinterCallback)
-    with redirect_stdout(sys.stderr):  # the audit of every run
+    callbacks = [clock := StepTimeCallback(), *watch]
+    with TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):  # for the optimizer's audit
+        args = run.arguments(scratch)
+        trainer = BlueberryTrainer(
+            model, args, train_dataset=data.train, eval_dataset=data.validation, callbacks=callbacks
+        )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
+        eval_loss = trainer.evaluate()["eval_loss"]
     logs = [row for row in trainer.state.log_history if "loss" in row]
     numbers = {
-        "eval_loss": trainer.evaluate()["eval_loss"],
+        "eval_loss": eval_loss,
         "unigram_loss": data.unigram_loss,
         "tokens": run.steps * run.batch * run.length,
         "time": {name: round(value, 2) for name, value in clock.summary(first=2).items()},
@@ -102,19 +107,19 @@ def train(run: Run, data: PreparedData, folder: Path, watch: Sequence[TrainerCal
 def tuned(arm: Run, data: PreparedData, folder: Path, factor: float = 2.0) -> float:
     """The learning rate with the least validation loss, by one run for each rate that is tried.
 
-    A walk: from the arm's own rate to its neighbours on a geometric grid, until the best one has a worse neighbour on
-    either side.
+    A walk on a geometric grid: from the arm's own rate to the better neighbour, until both are worse, or for
+    `FURTHEST` moves.
     """
     losses: dict[float, float] = {}
     best = arm.lr
-    while True:
+    for _ in range(FURTHEST + 1):
         for lr in (best, best / factor, best * factor):
             if lr not in losses:
                 losses[lr] = record_of(dataclasses.replace(arm, lr=lr), data, folder)["eval_loss"]
-        least = min(losses, key=losses.get)
-        if least == best:
-            return best
-        best = least
+        start, best = best, min(losses, key=lambda lr: (math.isnan(losses[lr]), losses[lr]))
+        if best == start:
+            break
+    return best
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Record:
