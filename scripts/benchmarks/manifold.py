@@ -11,6 +11,7 @@ from torch import nn
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.manifolds import Stiefel
 from blueberry.optim import ComposedOptimizer, StiefelMuon, create_manifold_optimizer
+from blueberry.optim.manifold import PRESETS
 from blueberry.optim.phases import PhaseClock, now
 from blueberry.stiefel import steepest_tangent_step
 
@@ -20,6 +21,11 @@ from .manifold_reference import favourable, reference_direction, reference_step
 
 PARTS = ("objective", "reference", "share")
 SIZES = ((256, 256), (512, 256), (1024, 256), (1024, 512), (2048, 512))  # (out, in)
+VARIANTS = {  # settings of create_manifold_optimizer
+    **{preset: {"preset": preset} for preset in PRESETS},
+    "balanced, projected": {"solver": "projected"},
+    "balanced, attention only": {"families": ("attention",)},
+}
 BATCH = (24, 512, 4)  # sequences, tokens, accumulation steps: the documents' step of blueberry-moe
 
 
@@ -87,12 +93,12 @@ def benchmark_share(batch: tuple[int, int], repeats: int) -> Iterator[Record]:
     torch.manual_seed(0)
     model = BlueberryForCausalLM(BlueberryConfig.from_preset("blueberry-moe")).to(device())
     scale = BATCH[0] * BATCH[1] * BATCH[2] / (batch[0] * batch[1])
-    for preset in ("balanced", "conservative", "aggressive"):
-        optimizer = create_manifold_optimizer(model, preset=preset)
+    for name, settings in VARIANTS.items():
+        optimizer = create_manifold_optimizer(model, **settings)
         seconds = [time_step(model, optimizer, batch) for _ in range(repeats + 1)][1:]
         passes, step = (median(values) for values in zip(*[row[:2] for row in seconds], strict=True))
-        phases = {name: round(1000 * median(row[2][name] for row in seconds), 1) for name in seconds[0][2]}
-        yield {"benchmark": "manifold share", "preset": preset, "measured_batch": list(batch), "batch": list(BATCH),
+        phases = {phase: round(1000 * median(row[2][phase] for row in seconds), 1) for phase in seconds[0][2]}
+        yield {"benchmark": "manifold share", "variant": name, "measured_batch": list(batch), "batch": list(BATCH),
                "forward_backward_s": round(passes, 3), "forward_backward_s_at_batch": round(scale * passes, 2),
                "optimizer_step_s": round(step, 3), "phases_ms": phases,
                "dual_iterations": [round(g["dual_iterations"], 2) for g in optimizer.param_groups[:2]],
