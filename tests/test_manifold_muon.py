@@ -150,7 +150,7 @@ def test_bfloat16_weights_have_a_float32_copy_that_keeps_the_constraint_and_are_
         master = optimizer.state[weight]["master_weight"]
         assert master.dtype == torch.float32 and errors(master) < 1e-5
         assert torch.equal(weight, master.bfloat16())
-        assert errors(weight) < 1e-5 + rounding_bound(weight)  # 2 u sqrt(32) + u^2 32, u = 2^-9: 0.022
+        assert errors(weight) < 1e-5 + rounding_bound(weight)  # 2 u sqrt(32) + u^2 32, u = 2^-8: 0.045
     ((_, _, values),) = optimizer.constraint_errors()
     assert values.max() < 1e-5
 
