@@ -104,15 +104,28 @@ def set_up(model_args, data_args, tracking_args, args, folder):
     return trainer, data
 
 
+def check_evaluation(data, args) -> None:
+    """Refuse what would evaluate nothing, or something the data does not have."""
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in METRICS:
+        raise UsageError(f"--metric_for_best_model {wanted} is not evaluated: choose from {', '.join(METRICS)}")
+    if args.label_names not in (None, ["labels"]):
+        raise UsageError(f"--label_names {' '.join(args.label_names)}: windows have labels only; leave it out")
+    batch, windows = args.eval_batch_size * args.world_size, len(data.validation)
+    if args.dataloader_drop_last and windows < batch:
+        raise UsageError(
+            f"--dataloader_drop_last true: {windows} validation windows are less than a batch of {batch}, so none is "
+            "left; lower --per_device_eval_batch_size or leave it out"
+        )
+
+
 def make_trainer(model, data, args, callbacks):
     from huggingface_hub.errors import HfHubHTTPError
 
     from blueberry import BlueberryTrainer
     from blueberry.training.evaluation import compute_metrics, preprocess_logits_for_metrics
 
-    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if wanted not in METRICS:
-        raise UsageError(f"--metric_for_best_model {wanted} is not evaluated: choose from {', '.join(METRICS)}")
+    check_evaluation(data, args)
     try:
         return BlueberryTrainer(
             model=model,

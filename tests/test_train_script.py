@@ -173,6 +173,12 @@ BAD_INPUT = {
     "wrong checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint folder"),
     "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
     "missing model config": (["--config_name", "nowhere.json"], "--config_name nowhere.json"),
+    "labels of another task": (["--label_names", "start"], "--label_names start: windows have labels only"),
+    "fp16 on a CPU": (["--use_cpu", "true", "--fp16", "true"], "--fp16 true does nothing on a CPU: use --bf16"),
+    "nothing left to evaluate": (
+        ["--dataloader_drop_last", "true", "--per_device_eval_batch_size", 9999],
+        "windows are less than a batch of 9999",
+    ),
     "bad tracking cadence": (["--track_manifold", "true", "--track_every_n_steps", -1], "-1"),
 }
 
@@ -281,6 +287,30 @@ def test_a_start_that_fails_in_its_first_step_does_not_stand_in_the_way_of_the_n
         script("train_llm.py", *given)
     assert not list(tmp_path.iterdir())
     script("train_llm.py", *given)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_run_to_be_replaced_is_kept_until_the_new_one_has_taken_a_step(
+    killed, arguments, script, tmp_path, monkeypatch
+):
+    given = [*arguments, "--train_tokens", 512, "--output_dir", tmp_path]
+    script("train_llm.py", *given)
+    before = contents(tmp_path)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(BlueberryTrainer, "training_step", mock.Mock(side_effect=RuntimeError("out of memory")))
+        if killed:  # nothing is undone then; the next attempt finds both runs, and fails orderly
+            with monkeypatch.context() as kill, pytest.raises(RuntimeError):
+                kill.setattr(run_folder.RunFolderCallback, "undo", lambda *_: None)
+                script("train_llm.py", *given, "--overwrite_output_dir")
+        script("train_llm.py", *given, "--overwrite_output_dir")
+    assert contents(tmp_path) == before
+    script("train_llm.py", *given, "--overwrite_output_dir", "--seed", 1)
+    assert not (tmp_path / ".replaced").exists()
+    assert contents(tmp_path)["model.safetensors"] != before["model.safetensors"]
 
 
 def test_the_length_on_the_command_line_replaces_that_of_the_config_file(arguments, script, tmp_path):

@@ -83,7 +83,7 @@ class BlueberryTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Tokens to train on, over all processes; sets the number of steps."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the run that output_dir already holds and start a new one."}
+        default=False, metadata={"help": "Replace the run that output_dir already holds by a new one."}
     )
 
     # Defaults of TrainingArguments that differ for pre-training.
@@ -125,6 +125,8 @@ class BlueberryTrainingArguments(TrainingArguments):
             self.output_dir = default_output_dir(self.run_name, self.optimizer)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments would refuse bf16
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise UsageError("--fp16 true does nothing on a CPU: use --bf16 true")
         self._check_processes()
         self._check_services()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"

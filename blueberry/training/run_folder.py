@@ -24,6 +24,7 @@ _LEFT_OUT = {
     "learning_rate", "include_num_input_tokens_seen", "accelerator_config", "disable_tqdm", "optim", "do_train",
     "do_eval", "do_predict", "dataloader_pin_memory",
 }  # fmt: skip
+_REPLACED = ".replaced"  # where the run that is being replaced lies until the new one has taken a step
 _EMPTY = (None, "", [], {}, dataclasses.MISSING)
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
@@ -57,16 +58,47 @@ def check_run_folder(args: BlueberryTrainingArguments, checkpoint: Path | None) 
 
 def clear_run_folder(folder: str | Path) -> None:
     """Delete the run in `folder`; files that no run writes stay."""
-    for pattern in _CONTENTS:
-        for path in Path(folder).glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _contents(folder):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _contents(folder: str | Path) -> list[Path]:
+    """What a run wrote into `folder`."""
+    return sorted({path for pattern in _CONTENTS for path in Path(folder).glob(pattern)})
+
+
+def set_run_aside(folder: str | Path) -> None:
+    """Move the run in `folder` out of the way of a new one.
+
+    If another one lies there still, the run in `folder` was killed before its first step and is of no use.
+    """
+    aside = Path(folder) / _REPLACED
+    if aside.is_dir():
+        clear_run_folder(folder)
+    else:
+        aside.mkdir(parents=True)
+        _move(folder, aside)
+
+
+def put_run_back(folder: str | Path) -> None:
+    """Undo `set_run_aside`."""
+    aside = Path(folder) / _REPLACED
+    if aside.is_dir():
+        _move(aside, folder)
+        aside.rmdir()
+
+
+def _move(source: str | Path, target: str | Path) -> None:
+    for path in _contents(source):
+        path.rename(Path(target) / path.name)
 
 
 class RunFolderCallback(TrainerCallback):
     """Makes the first write of a run, once everything that can fail on bad input has succeeded: its `config.yaml`.
 
-    The first callback, so that others write into a folder of this run. When an exception ends a new run before its
-    first step, `undo` leaves the folder empty for the corrected command.
+    The first callback, so that others write into a folder of this run. A run that it replaces is deleted after the
+    first step. When an exception ends a new run before that, `undo` leaves the folder as it was for the corrected
+    command.
     """
 
     def __init__(self, settings: Mapping[str, Any]):
@@ -76,18 +108,26 @@ class RunFolderCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give up the earlier run if told so, and describe this one."""
+        """Set the earlier run aside if told so, and describe this one."""
         self._started_at = state.global_step
         if state.is_world_process_zero:
             if args.overwrite_output_dir:
-                clear_run_folder(args.output_dir)
+                set_run_aside(args.output_dir)
             (Path(args.output_dir) / EVAL_RESULTS).unlink(missing_ok=True)  # of a run that is now given more steps
             write_yaml(Path(args.output_dir) / CONFIG, self.settings)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give up the run that this one replaces."""
+        if state.global_step == 1 and state.is_world_process_zero:
+            shutil.rmtree(Path(args.output_dir) / _REPLACED, ignore_errors=True)
 
     def undo(self, args: TrainingArguments, state: TrainerState) -> None:
         """Delete what a new run wrote, if it did not take a step."""
         if self._started_at == 0 == state.global_step and state.is_world_process_zero:
             clear_run_folder(args.output_dir)
+            put_run_back(args.output_dir)
 
 
 def describe(training: BlueberryTrainingArguments, *groups: Any) -> dict[str, Any]:
