@@ -81,23 +81,11 @@ def steepest_tangent_step(
     check_solver(solver, dual_steps, dual_lr)
     norm = torch.linalg.matrix_norm(gradient, keepdim=True)  # (batch, 1, 1)
     gradient = gradient / torch.where(norm > 0, norm, 1.0)
-    inner = point.mT @ gradient  # P
-    skew = (inner - inner.mT) / 2  # K
-    gram = gradient.mT @ gradient
-    square = point.shape[-2] == point.shape[-1]
-    outer = torch.zeros_like(gram) if square else torch.baddbmm(gram, inner.mT, inner, alpha=-1)  # C
-    steps = 1 if square or solver == "projected" else dual_steps
-    problem = _Problem(skew, outer, _noise(gram))
-    dual = torch.zeros_like(skew) if dual_variable is None or steps == 1 else dual_variable
+    problem = _problem(point, gradient)
+    steps = 1 if problem.is_square or solver == "projected" else dual_steps
+    dual = torch.zeros_like(problem.skew) if dual_variable is None or steps == 1 else dual_variable
     dual, weights, residual, iterations = _iterate(problem, dual, solver, steps, dual_lr, tolerance)
-    rotation = _conjugate(weights.vectors, 2 * weights.skew / (weights.roots.mT + weights.roots))  # T
-    if square:
-        direction = point @ _polished(rotation)
-        direction = torch.where(norm > 0, direction, 0.0)
-    else:
-        inverse = (weights.vectors / weights.roots.mT) @ weights.vectors.mT  # M^-1
-        rotation, outward = _clipped(rotation, inverse, outer)
-        direction = _unit(gradient @ outward + point @ (rotation - inner @ outward), norm)
+    direction = torch.where(norm > 0, _direction(point, gradient, problem, weights), 0.0)
     return TangentStep(direction, dual, residual, iterations)
 
 
@@ -112,9 +100,11 @@ def check_solver(solver: str, dual_steps: int, dual_lr: float) -> None:
 
 
 class _Problem(NamedTuple):
-    skew: Tensor  # K (batch, short, short)
+    inner: Tensor  # P (batch, short, short)
+    skew: Tensor  # K
     outer: Tensor  # C
     noise: Tensor  # (batch, 1): rounding errors of C
+    is_square: bool
 
 
 class _Weights(NamedTuple):
@@ -123,6 +113,14 @@ class _Weights(NamedTuple):
     vectors: Tensor  # V (batch, short, short)
     roots: Tensor  # m (batch, short, 1)
     skew: Tensor  # V^T K V
+
+
+def _problem(point: Tensor, gradient: Tensor) -> _Problem:
+    inner = point.mT @ gradient
+    gram = gradient.mT @ gradient
+    is_square = point.shape[-2] == point.shape[-1]
+    outer = torch.zeros_like(gram) if is_square else torch.baddbmm(gram, inner.mT, inner, alpha=-1)
+    return _Problem(inner, (inner - inner.mT) / 2, outer, _noise(gram), is_square)
 
 
 def _iterate(
@@ -150,6 +148,17 @@ def _iterate(
         if residual.max().item() < tolerance:
             break
     return dual, weights, residual, step + 1
+
+
+def _direction(point: Tensor, gradient: Tensor, problem: _Problem, weights: _Weights) -> Tensor:
+    """A = W T + (G - W P) B of the last M, clipped and scaled to spectral norm 1."""
+    rotation = _conjugate(weights.vectors, 2 * weights.skew / (weights.roots.mT + weights.roots))  # T
+    if problem.is_square:
+        return point @ _polished(rotation)
+    inverse = (weights.vectors / weights.roots.mT) @ weights.vectors.mT  # M^-1
+    rotation, outward = _clipped(rotation, inverse, problem.outer)
+    direction = gradient @ outward + point @ (rotation - problem.inner @ outward)
+    return direction / spectral_norm(direction).clamp_min(torch.finfo(direction.dtype).tiny)
 
 
 def _weights(problem: _Problem, y: Tensor) -> _Weights:
@@ -188,13 +197,6 @@ def _clipped(rotation: Tensor, outward: Tensor, outer: Tensor) -> tuple[Tensor, 
     shrinking = (vectors * (1 - _CLIPPING * excess).clamp_min(0).unsqueeze(-2)) @ vectors.mT  # S
     turned = rotation @ shrinking
     return (turned - turned.mT) / 2, outward @ shrinking
-
-
-def _unit(direction: Tensor, norm: Tensor) -> Tensor:
-    """Scale to spectral norm 1; zero where the gradient was."""
-    largest = spectral_norm(direction)
-    usable = (norm > 0) & (largest > 0)
-    return direction * torch.where(usable, 1 / largest, 0.0)
 
 
 def spectral_norm(matrix: Tensor) -> Tensor:
