@@ -65,7 +65,7 @@ def steepest_tangent_step(
     solver: str = "reweighted",
     dual_steps: int = 10,
     dual_lr: float = 0.1,
-    tolerance: float = 0.1,
+    tolerance: float = 0.05,
 ) -> TangentStep:
     """Solve the problem of this module for each matrix, in the dtype of `gradient` (float32 or float64).
 
@@ -76,7 +76,8 @@ def steepest_tangent_step(
         solver: one of `SOLVERS`.
         dual_steps: iterations at most; square matrices, and `projected`, take one.
         dual_lr: first step of `dual_ascent` on L/2, relative to the mean singular value of X.
-        tolerance: stop when `residual` of every matrix is below. 0.1 leaves 1% of the objective, 0.02 a few permille.
+        tolerance: stop when `residual` of every matrix is below. 0.1 leaves 1% of the objective, 0.05
+            half of that.
     """
     check_solver(solver, dual_steps, dual_lr)
     norm = torch.linalg.matrix_norm(gradient, keepdim=True)  # (batch, 1, 1)

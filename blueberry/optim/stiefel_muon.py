@@ -54,7 +54,7 @@ class StiefelMuon(ManifoldOptimizer):
         solver: str = "reweighted",
         dual_steps: int = 10,
         dual_lr: float = 0.1,
-        tangency_tolerance: float = 0.1,
+        tangency_tolerance: float = 0.05,
         radius: float = 1.0,
         layout: Sequence | None = None,
         init_on_manifold: bool = True,
