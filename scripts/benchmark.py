@@ -1,6 +1,6 @@
 """Measure Blueberry against its peers: both in one process, interleaved, medians. JSON lines on stdout.
 
-python scripts/benchmark.py optimizer [--set dense|moe] [--repeats 7] [--threads N]
+python scripts/benchmark.py optimizer [--set dense|moe] [--loss] [--repeats 7] [--threads N]
 python scripts/benchmark.py model [--part training|...]
 python scripts/benchmark.py spectral [--preset blueberry-88m] [--weightwatcher] [--overhead]
 python scripts/benchmark.py manifold [--part objective|reference|share]

@@ -79,10 +79,10 @@ def minimax_step(degree: int, low: float, high: float) -> np.ndarray:
 
 def test_the_default_coefficients_solve_the_problems_that_they_are_documented_to_solve():
     weakest = 0.00134
-    for ours, degree, guard in zip(ROBUST[:-1], (5, 9, 5), (1.01, 1.02, 1.06), strict=True):
+    for ours, degree, guard in zip(ROBUST[:-1], (5, 9, 5), (1.01, 1.02, 1.12), strict=True):
         assert ours == pytest.approx(steepest_step(degree, guard, 0.2), rel=1e-3)  # the grid of the linear program
         weakest *= ours[0]
-    assert weakest == pytest.approx(0.146, abs=1e-3)
+    assert weakest == pytest.approx(0.138, abs=1e-3)
     assert ROBUST[-1] == pytest.approx(minimax_step(9, weakest, 1.03), rel=1e-3)
 
 
@@ -128,13 +128,16 @@ def test_singular_values_are_near_one_wherever_those_of_torch_muon_are(kind, sha
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 64), (24, 48), (64, 256), (48, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (24, 48), (64, 256), (192, 64), (128, 256), (48, 48)], ids=str)
 def test_no_spectrum_however_steep_is_blown_up(shape, dtype):
-    for seed in range(40):
+    place = torch.arange(1, min(shape) + 1, dtype=torch.float64)
+    steep = [place**-power for power in (0.25, 0.5, 1.0, 2.0, 3.0)]
+    steep += [torch.where(place <= min(shape) / 2, 1.0, weak).double() for weak in (0.003, 0.01, 0.03, 0.1, 0.3)]
+    steep += [torch.logspace(0, exponent, min(shape), dtype=torch.float64) for exponent in (-2, -4)]
+    for seed in range(36):
         u, _, vh = torch.linalg.svd(gaussian(*shape, seed=seed), full_matrices=False)
-        sigma = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -(0.5, 1.0, 2.0, 3.0)[seed % 4]
-        factor = newton_schulz(((u * sigma) @ vh).float(), dtype=dtype)
-        assert torch.linalg.svdvals(factor.double()).max() < 1.3
+        factor = newton_schulz(((u * steep[seed % len(steep)]) @ vh).float(), dtype=dtype)
+        assert torch.linalg.svdvals(factor.double()).max() < 1.25
 
 
 @pytest.mark.parametrize(

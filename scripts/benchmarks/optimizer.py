@@ -11,6 +11,7 @@ from blueberry.optim import Muon
 from blueberry.polar import fastest_dtype, newton_schulz
 
 from .common import Record, device, interleaved_medians, machine
+from .optimizer_loss import benchmark_loss
 
 # Shapes (out, in) or (experts, out, in) of all hidden matrices of a model, and how many layers have them.
 DENSE = [(512, 512), (256, 512), (256, 512), (512, 512), (2048, 512), (512, 2048)]  # blueberry-88m, 22 layers
@@ -20,9 +21,15 @@ SETS = {"dense": DENSE * 22, "moe": MOE * 6}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", choices=sorted(SETS), help="default: all")
+    parser.add_argument(
+        "--loss", action="store_true", help="instead: loss after 300 steps with the default coefficients and torch's"
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[Record]:
+    if arguments.loss:
+        yield from benchmark_loss(arguments.repeats)
+        return
     for name in [arguments.set] if arguments.set else sorted(SETS):
         yield from benchmark_optimizer(name, arguments.repeats)
 
@@ -99,7 +106,10 @@ def default_flops(shape: tuple[int, ...]) -> float:
     short, long = sorted(shape[-2:])
     matrices = shape[0] if len(shape) == 3 else 1
     polynomials = 2 * (1 + 2) * 2 * short**3  # of degree 5 and 9 in turn
-    return matrices * (polynomials + 4 * 2 * 2 * short**2 * long)  # and twice a step a product with the stack
+    if long < 2 * short:
+        return matrices * (polynomials + 4 * 2 * 2 * short**2 * long)  # and twice a step a product with the stack
+    composed = 2 * 3 * 2 * short**3  # twice P G P and P P
+    return matrices * (polynomials + composed + 2 * 2 * 2 * short**2 * long)
 
 
 def gemm_rate(shapes: list[tuple[int, ...]]) -> float:
