@@ -3,6 +3,7 @@
 python scripts/benchmark.py optimizer [--set dense|moe] [--loss] [--repeats 7] [--threads N]
 python scripts/benchmark.py model [--part training|...]
 python scripts/benchmark.py spectral [--preset blueberry-88m] [--part log|weightwatcher|overhead]
+python scripts/benchmark.py manifold [--part objective|reference|share]
 """
 
 import argparse
@@ -13,7 +14,8 @@ import torch
 
 from blueberry.errors import OneLineParser, UsageError, run_script
 
-BENCHMARKS = ("optimizer", "model", "spectral")  # each a module of scripts/benchmarks with `add_arguments` and `run`
+# Each a module of scripts/benchmarks with `add_arguments` and `run`.
+BENCHMARKS = ("optimizer", "model", "spectral", "manifold")
 
 
 def main() -> None:

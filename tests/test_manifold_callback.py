@@ -148,7 +148,7 @@ def test_evaluation_is_not_part_of_a_step_and_hooks_come_off(tmp_path):
 
 def test_a_manifold_optimizer_of_the_users_own_is_watched_too(tmp_path):
     trainer = make_trainer(tmp_path)
-    optimizer = create_manifold_optimizer(trainer.model, attention_only=True)
+    optimizer = create_manifold_optimizer(trainer.model, families=("attention",))
     callback = ManifoldConstraintCallback()
     Trainer(
         trainer.model, trainer.args, train_dataset=DATA, callbacks=[callback], optimizers=(optimizer, None)

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer, create_manifold_optimizer
-from blueberry.optim.manifold import PRESETS
+from blueberry.optim.manifold import FAMILIES, PRESETS
 
 
 def blueberry(**changes) -> BlueberryForCausalLM:
@@ -94,12 +94,12 @@ def test_tied_embeddings_are_one_parameter_on_the_sphere():
 
 def test_switches_send_a_family_to_what_build_optimizer_gives_it():
     plain = got(build_optimizer(blueberry()))
-    chosen = got(create_manifold_optimizer(blueberry(), attention_only=True))
+    chosen = got(create_manifold_optimizer(blueberry(), families=("attention",)))
     assert {name for name in plain if chosen[name] != plain[name]} == {
         n for n in plain if "attn" in n and "_proj" in n
     }
-    for switch, part in (("embeddings", "embed"), ("router", "gate"), ("feed_forward", "experts")):
-        chosen = got(create_manifold_optimizer(blueberry(), **{switch: False}))
+    for family, part in (("embeddings", "embed"), ("router", "gate"), ("feed_forward", "experts")):
+        chosen = got(create_manifold_optimizer(blueberry(), families=set(FAMILIES) - {family}))
         assert {chosen[name] for name in plain if part in name} == {plain[name] for name in plain if part in name}
     ruled = got(create_manifold_optimizer(blueberry(), rules={r"k_proj": "adamw"}))
     assert {ruled[name] for name in plain if "k_proj" in name} == {"adamw"}
@@ -169,7 +169,8 @@ def test_metrics_are_flat_floats_with_the_range_of_singular_values_and_the_solve
     [
         ({"preset": "fast"}, "preset='fast' is unknown: use one of conservative, balanced, aggressive"),
         ({"muon_lr": 0.1}, "setting 'muon_lr' is unknown"),
-        ({"attention": False, "feed_forward": False}, "no matrix would be on the Stiefel manifold"),
+        ({"families": ["embeddings"]}, "no matrix would be on the Stiefel manifold"),
+        ({"families": ["attention", "norms"]}, "family 'norms' is unknown: choose from attention, feed_forward"),
         ({"radius": 0.0}, r"radius=0\.0 is not a positive number"),
         ({"hypersphere_radius": -1.0}, r"radius=-1\.0 is not a positive number"),
         ({"init_on_manifold": False}, "is off its manifold .*use init_on_manifold=True"),

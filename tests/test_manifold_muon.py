@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toy_weights import parameters, set_gradients, steps
 
 from blueberry.errors import UsageError
 from blueberry.manifolds import Sphere, Stiefel
@@ -17,23 +18,6 @@ from blueberry.optim.splits import Layout
 from blueberry.stiefel import steepest_tangent_step
 
 FAMILIES = [(12, 12), (20, 8), (8, 20), (3, 12, 6), (2, 6, 12), (5, 7, 7), (1, 9), (9, 1), (1, 1)]
-
-
-def parameters(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
-
-
-def set_gradients(params: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in params:
-        parameter.grad = torch.randn(*parameter.shape, generator=generator).to(parameter.dtype)
-
-
-def steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
-    for seed in seeds:
-        set_gradients(params, seed)
-        optimizer.step()
 
 
 def errors(weight: torch.Tensor, radius: float = 1.0) -> float:
@@ -130,7 +114,7 @@ def test_experts_matrices_and_threads_do_not_change_what_a_matrix_gets(monkeypat
     results = []
     for threads, elements in ((1, 2**19), (2, 200)):
         stack, *others = parameters((5, 12, 6), (9, 9), (12, 6), seed=3)
-        monkeypatch.setattr("blueberry.optim.manifold_muon._BATCH_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr("blueberry.optim.stiefel_muon._BATCH_ELEMENTS", {"cpu": elements})
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         steps(StiefelMuon([stack, *others], tangency_tolerance=0.0), [stack, *others], range(3))
         results.append([p.detach().clone() for p in (stack, *others)])
@@ -166,7 +150,7 @@ def test_bfloat16_weights_have_a_float32_copy_that_keeps_the_constraint_and_are_
         master = optimizer.state[weight]["master_weight"]
         assert master.dtype == torch.float32 and errors(master) < 1e-5
         assert torch.equal(weight, master.bfloat16())
-        assert errors(weight) < 1e-5 + rounding_bound(weight)  # 2 u sqrt(32) + u^2 32, u = 2^-9: 0.022
+        assert errors(weight) < 1e-5 + rounding_bound(weight)  # 2 u sqrt(32) + u^2 32, u = 2^-8: 0.045
     ((_, _, values),) = optimizer.constraint_errors()
     assert values.max() < 1e-5
 
@@ -247,7 +231,7 @@ def test_rare_gradients_move_a_row_less_and_rows_without_any_stay():
     (weight,) = parameters((3, 8))
     before = weight.detach().clone()
     optimizer = HypersphereMuon([weight], lr=0.1, momentum=0)
-    weight.grad = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [1.0], [0.0]])
+    weight.grad = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [1.0], [0.0]])
     optimizer.step()
     weight.grad = weight.grad * torch.tensor([[1.0], [0.01], [0.0]])
     middle = weight.detach().clone()

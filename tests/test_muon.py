@@ -5,29 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from toy_weights import parameters, set_gradients, steps
 
 from blueberry.errors import UsageError
 from blueberry.optim import Muon
 from blueberry.optim.muon import normalize_neurons, update_scale
 from blueberry.optim.splits import Layout
 from blueberry.polar import newton_schulz
-
-
-def parameters(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(*shape, generator=generator, dtype=dtype)) for shape in shapes]
-
-
-def set_gradients(params: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in params:
-        parameter.grad = torch.randn(*parameter.shape, generator=generator).to(parameter.dtype)
-
-
-def steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seeds: range) -> None:
-    for seed in seeds:
-        set_gradients(params, seed)
-        optimizer.step()
 
 
 def test_muon_matches_torch_muon_step_for_step_with_the_same_coefficients():

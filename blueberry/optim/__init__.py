@@ -2,11 +2,12 @@
 
 from .build import build_optimizer
 from .composed import ComposedOptimizer
+from .hypersphere_muon import HypersphereMuon
 from .manifold import create_manifold_optimizer
-from .manifold_muon import HypersphereMuon, StiefelMuon
 from .muon import Muon
 from .param_groups import assign_parameters
 from .splits import Layout
+from .stiefel_muon import StiefelMuon
 
 __all__ = [
     "ComposedOptimizer",

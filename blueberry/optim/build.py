@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import UsageError
 from .composed import ComposedOptimizer
-from .groups import adamw_groups, can_fuse, matrix_groups, pop_adamw_settings
-from .manifold import create_manifold_optimizer
+from .groups import adamw_groups, adamw_part, matrix_groups, pop_adamw_settings
+from .manifold import FAMILIES, create_manifold_optimizer
 from .muon import Muon
 from .param_groups import Assignment, assign_parameters
 from .splits import Layout
@@ -69,9 +69,7 @@ def build_optimizer(
         _check_muon(groups, values)
         parts["muon"] = Muon(groups, lr=values.pop("muon_lr", 0.02), **values)
     if rest := adamw_groups(assignments, adamw):
-        parts["adamw"] = torch.optim.AdamW(
-            rest, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"], fused=can_fuse(rest)
-        )
+        parts["adamw"] = adamw_part(rest, adamw)
     if not parts:
         raise UsageError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to optimize")
     return ComposedOptimizer(parts, assignments, max_skipped_steps)
@@ -80,7 +78,7 @@ def build_optimizer(
 def _settings_of(args: "BlueberryTrainingArguments") -> dict[str, Any]:
     manifold = {
         "preset": args.manifold_preset,
-        "attention_only": args.manifold_attention_only,
+        "families": ("attention",) if args.manifold_attention_only else FAMILIES,
         "modular_lr": args.manifold_modular_lr,
         "hypersphere_lr": args.hypersphere_lr,
     }

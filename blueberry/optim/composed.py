@@ -15,7 +15,7 @@ from ..errors import UsageError
 from .audit import FIRST_STEPS, Row, UpdateMeter, audit_warnings, parameter_names
 from .constraints import Report, check_constraints, constraint_metrics
 from .finite import first_non_finite, gradient_norms
-from .manifold_muon import ManifoldOptimizer
+from .manifold_base import ManifoldOptimizer
 from .muon import Muon, restore_state_dtype
 from .param_groups import Assignment
 

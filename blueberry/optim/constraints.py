@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from .manifold_muon import ManifoldOptimizer, StiefelMuon
+from .manifold_base import ManifoldOptimizer
 from .manifold_weights import TOLERANCE, stiefel_singular_values
+from .stiefel_muon import StiefelMuon
 
 Report = dict[str, Any]
 

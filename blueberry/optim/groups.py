@@ -3,6 +3,7 @@
 from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .param_groups import Assignment
@@ -54,9 +55,10 @@ def adamw_groups(assignments: list[Assignment], adamw: dict[str, Any]) -> list[d
     return groups
 
 
-def can_fuse(groups: list[dict[str, Any]]) -> bool:
-    """torch's fused AdamW kernel exists for these devices."""
-    return all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
+def adamw_part(groups: list[dict[str, Any]], adamw: dict[str, Any]) -> torch.optim.AdamW:
+    """torch's AdamW; its fused kernel where every device has it."""
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
+    return torch.optim.AdamW(groups, lr=adamw["lr"], betas=adamw["betas"], eps=adamw["eps"], fused=fused)
 
 
 def _group_names(name: str, layouts: list[Layout | None]) -> list[str]:

@@ -10,8 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from .composed import ComposedOptimizer
-from .manifold_muon import StiefelMuon
 from .muon import Muon
+from .stiefel_muon import StiefelMuon
 
 # Methods that are timed, and the name of what they do.
 _METHODS: dict[type[Optimizer], dict[str, str]] = {

@@ -1,0 +1,208 @@
+"""Experiment 5: AdamW, Muon and manifold Muon on `manifold-small`, and the success table of manifold Muon.
+
+    python scripts/experiment_5_manifold_muon.py --scale cpu
+
+Each arm's learning rate is tuned on shorter runs with a seed of their own; then every arm trains with the same seeds,
+data order and tokens. One record for each run goes to results/experiment_5/SCALE/, and the same command goes on where
+an interrupted one stopped. The last lines are the table, saved there as table.md and summary.json.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from study import Record, Run, paired, record_of, tuned
+from transformers import TrainerCallback
+
+from blueberry.configuration_blueberry import PRESETS
+from blueberry.errors import UsageError, run_script
+from blueberry.training.data import DataArguments, PreparedData, prepare_data
+from blueberry.training.run_folder import write_json
+from blueberry.training.trainer import composed_optimizer
+
+ARMS = {"adamw": 0.002, "muon": 0.02, "manifold": 0.02}  # where the search for the learning rate starts
+TUNING_SEED = 1000
+CHECK_EVERY = 10  # steps between checks of the constraint
+WINDOW = 20  # steps of the running deviation of the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large the experiment is."""
+
+    steps: int
+    batch: int  # sequences a step
+    length: int  # tokens of a sequence
+    model: dict[str, Any]
+
+    @property
+    def tuning_steps(self) -> int:
+        """Of the runs that only choose a learning rate."""
+        return max(2, self.steps // 3)
+
+
+_SMALL = PRESETS["manifold-small"]
+_SMOKE = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "num_key_value_heads": 2, "moe_intermediate_size": 64, "num_experts": 2}  # fmt: skip
+_MEDIUM = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
+           "moe_intermediate_size": 2048}  # fmt: skip
+SCALES = {
+    "smoke": Scale(12, 4, 32, _SMALL | _SMOKE),
+    "cpu": Scale(600, 16, 256, _SMALL),
+    "paper": Scale(1000, 24, 512, _SMALL),
+    "medium": Scale(1000, 24, 512, _SMALL | _MEDIUM),
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    scale = SCALES[arguments.scale]
+    sizes = {name: getattr(arguments, name) or getattr(scale, name) for name in ("steps", "batch", "length")}
+    scale = dataclasses.replace(scale, **sizes)
+    evaluated = 32 * scale.batch * scale.length
+    data_arguments = DataArguments(arguments.dataset, max_length=scale.length, max_validation_tokens=evaluated)
+    data = prepare_data(data_arguments, vocab_size=scale.model["vocab_size"], max_positions=scale.length)
+    folder = Path(arguments.output_dir or f"results/experiment_5/{arguments.scale}")
+    rates, records = run_all(scale, arguments.dataset, arguments.seeds, data, folder)
+    rows = success_table(records)
+    write_json(folder / "summary.json", {"learning_rates": rates, "table": rows})
+    (folder / "table.md").write_text(as_markdown(rows, rates, records))
+    print("\n" + (folder / "table.md").read_text())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dataset", default="sotu", help="as in train_llm.py")
+    parser.add_argument("--output_dir", help="default: results/experiment_5/SCALE")
+    for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
+        parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
+    arguments = parser.parse_args()
+    if len(set(arguments.seeds)) < 2:
+        raise UsageError(f"--seeds {arguments.seeds[0]}: an interval needs two seeds at least, three are the default")
+    return arguments
+
+
+def run_all(
+    scale: Scale, dataset: str, seeds: list[int], data: PreparedData, folder: Path
+) -> tuple[dict[str, float], dict[str, list[Record]]]:
+    """The learning rate and the records of each arm, one record for each seed."""
+    rates, records = {}, {arm: [] for arm in ARMS}
+    for arm, start in ARMS.items():
+        first = Run(scale.model, dataset, scale.tuning_steps, scale.batch, scale.length, TUNING_SEED, arm, start)
+        rates[arm] = tuned(first, data, folder / "tuning")
+        print(f"{arm}: learning rate {rates[arm]:g}", flush=True)
+    for seed in seeds:
+        for arm in ARMS:
+            run = Run(scale.model, dataset, scale.steps, scale.batch, scale.length, seed, arm, rates[arm])
+            record = record_of(run, data, folder, [Health()])
+            records[arm].append(record)
+            print(f"{run.name}: validation loss {record['eval_loss']:.4f}, {record['seconds']:.0f} s", flush=True)
+    return rates, records
+
+
+class Health(TrainerCallback):
+    """`numbers`: the largest constraint error of a run's checks, and the hidden matrices' singular values after it."""
+
+    def __init__(self) -> None:
+        self.numbers: Record = {"checks": 0, "violations": 0, "max_violation": {}}
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs) -> None:
+        if state.global_step % CHECK_EVERY and state.global_step != state.max_steps:
+            return
+        report = composed_optimizer(optimizer).check_constraints()
+        self.numbers["checks"] += 1
+        self.numbers["violations"] += report["total_violations"]
+        largest = self.numbers["max_violation"]
+        for name, part in report["by_type"].items():
+            largest[name] = max(largest.get(name, 0.0), part["max_violation"])
+
+    def on_train_end(self, args, state, control, model, **kwargs) -> None:
+        matrices = [p.detach() for name, p in model.named_parameters() if "_proj" in name]
+        sigma = torch.cat([torch.linalg.svdvals(matrix.double()).flatten() for matrix in matrices])
+        self.numbers |= {"sigma_min": sigma.min().item(), "sigma_max": sigma.max().item()}
+
+
+def success_table(records: dict[str, list[Record]]) -> list[Record]:
+    """Document 2's criteria: means over seeds, the rule, which was fixed before any run, and whether it holds."""
+    manifold = records["manifold"]
+    worst = {name: max(r["max_violation"][name] for r in manifold) for name in manifold[0]["max_violation"]}
+    sigma = {arm: [min(r["sigma_min"] for r in some), max(r["sigma_max"] for r in some)]
+             for arm, some in records.items()}  # fmt: skip
+    low, high = sigma["manifold"]
+    share = {arm: [r["time"]["optimizer_step_ms"] / r["time"]["step_ms"] for r in some]
+             for arm, some in records.items()}  # fmt: skip
+    return [
+        {"criterion": "constraint violations", "manifold": worst, "rule": "orthogonality < 1e-4, radii within 1e-6",
+         "holds": not sum(r["violations"] for r in manifold)},
+        {"criterion": "singular values", **sigma, "rule": "in [0.9999, 1.0001]",
+         "holds": low >= 0.9999 and high <= 1.0001},
+        compare("deviation of the loss over 20 steps", records, loss_std),
+        compare("variation of the gradient norm", records, gradient_variation),
+        {"criterion": "optimizer's share of a step", **{arm: mean(values) for arm, values in share.items()},
+         "rule": "< 20% at this batch", "holds": mean(share["manifold"]) < 0.2},
+        compare("final validation loss", records, lambda record: record["eval_loss"]),
+    ]  # fmt: skip
+
+
+def compare(criterion: str, records: dict[str, list[Record]], number) -> Record:
+    """A row that holds if manifold Muon's mean is not above AdamW's; with the paired differences to both others."""
+    values = {arm: [number(record) for record in some] for arm, some in records.items()}
+    differences = {f"minus {arm}": paired(values["manifold"], values[arm]) for arm in ("adamw", "muon")}
+    return {"criterion": criterion, **{arm: mean(some) for arm, some in values.items()}, **differences,
+            "rule": "not above AdamW's", "holds": differences["minus adamw"]["difference"] <= 0}  # fmt: skip
+
+
+def loss_std(record: Record) -> float:
+    """Mean, over the second half of the run, of the standard deviation of the loss in a window of steps."""
+    losses = pd.Series(record["losses"])
+    return float(losses.rolling(min(WINDOW, len(losses) // 2)).std()[len(losses) // 2 :].mean())
+
+
+def gradient_variation(record: Record) -> float:
+    """Standard deviation of the gradient's norm over its mean, in the second half of the run."""
+    norms = pd.Series(record["gradient_norms"])[len(record["gradient_norms"]) // 2 :]
+    return float(norms.std() / norms.mean())
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def as_markdown(rows: list[Record], rates: dict[str, float], records: dict[str, list[Record]]) -> str:
+    """The table, and under it what its figures must be quoted with."""
+    run, made = records["manifold"][0]["run"], records["manifold"][0]["versions"]
+    lines = ["| criterion | AdamW | Muon | manifold Muon | rule | minus AdamW, 95% | verdict |", "|---" * 7 + "|"]
+    for row in rows:
+        cells = [row["criterion"], *(shown(row.get(arm)) for arm in ARMS), row["rule"]]
+        cells += [interval(row.get("minus adamw")), "holds" if row["holds"] else "does not hold"]
+        lines.append(f"| {' | '.join(cells)} |")
+    tuned_to = ", ".join(f"{arm} {lr:g}" for arm, lr in rates.items())
+    quoted = (f"{run['steps']} steps of {run['batch']} x {run['length']} tokens of {run['dataset']}, seeds "
+              f"{[record['run']['seed'] for record in records['manifold']]}, learning rates {tuned_to}; "
+              f"{made['threads']} threads, torch {made['torch']}, commit {made['commit']}")  # fmt: skip
+    return "\n".join([*lines, "", quoted, ""])
+
+
+def shown(value: Any) -> str:
+    """A cell: a number, a range or several named ones."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:.2g}" for name, number in value.items())
+    return " to ".join(f"{number:.5g}" for number in value) if isinstance(value, list) else f"{value:.4g}"
+
+
+def interval(difference: Record | None) -> str:
+    if difference is None:
+        return ""
+    low, high = difference["interval"]
+    return f"{difference['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+if __name__ == "__main__":
+    run_script(main)
