@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-
-# What a worker's CPU second takes from training beside it, which shares caches and memory with it: measured 1.0 to 1.3.
+# What a CPU second of a worker takes from training beside it, by sharing caches and memory too: measured 1.0 to 1.3.
 CONTENTION = 1.3
 
 
