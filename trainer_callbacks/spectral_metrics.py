@@ -31,7 +31,7 @@ from blueberry.spectral.names import (
 )  # fmt: skip
 from blueberry.spectral.tracked import Selector, Tracked, check_selectors, tracked_matrices
 
-from .cadence import Budget, Milestones, TimedExecutor, log_schedule
+from .cadence import CONTENTION, Budget, Milestones, TimedExecutor, log_schedule
 from .peaks import Key, Peaks
 from .spectral_board import SpectralBoard
 from .tensorboard import FOLDER as TENSORBOARD_FOLDER
@@ -393,7 +393,7 @@ class SpectralMetricsCallback(TrainerCallback):
         self.board.write(step, rows)
         if self._trainer is not None:
             self._finished.append((step, self.board.scalars(step)))
-        cost = time.thread_time() - start + self._pool.cpu_seconds - in_pool
+        cost = CONTENTION * (time.thread_time() - start + self._pool.cpu_seconds - in_pool)
         self._budget.charge(cost)
         if step > self._first_step:
             self._cost = cost
