@@ -141,7 +141,7 @@ class BlueberryConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self._divide_among_heads()
         self._check_heads()
         self._check_experts()
         if self.hidden_act not in ACT2FN:
@@ -156,14 +156,19 @@ class BlueberryConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
-    def _check_heads(self) -> None:
-        """Raise ValueError unless the heads divide the hidden size and share the key-value heads evenly."""
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if self.head_dim * heads != self.hidden_size and self.hidden_size % heads:
+    def _divide_among_heads(self) -> int:
+        """The size of a head when the heads share the hidden size."""
+        size, remainder = divmod(self.hidden_size, self.num_attention_heads)
+        if remainder:
             raise ValueError(
-                f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}: "
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}: "
                 "choose a divisor, or give head_dim"
             )
+        return size
+
+    def _check_heads(self) -> None:
+        """Raise ValueError unless heads can be turned and share the key-value heads evenly."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
         if self.head_dim < 2 or self.head_dim % 2:

@@ -1,11 +1,23 @@
 """The error that a user can mend, and how scripts show it."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class UsageError(ValueError):
     """Bad input: one line that names the value and the remedy. Scripts print it and exit with code 2."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Of a script: a wrong argument is a UsageError, and no argument may be abbreviated."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -16,7 +28,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        print(" ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        # on a line of its own: a progress bar may have left its open
+        print("\n" + " ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(130)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,8 +3,8 @@
 Importing this file adds `experts_implementation="blueberry"` to transformers' experts interface. On a CPU it sorts the
 (token, expert) pairs by expert once and then works on one expert at a time, in a single autograd function: indexing
 `weight[expert]` for autograd, as the eager loop does, makes the backward fill a zero gradient of *all* experts for
-each expert. On other devices, inside `torch.compile` and for experts with a norm of their own, transformers'
-`grouped_mm` does the work.
+each expert. A single token outside training needs no sorting. On other devices, inside `torch.compile`, for experts
+with a norm of their own, and for a few tokens outside training, transformers' `grouped_mm` does the work.
 
 The file ships to the Hub as remote code, so it imports torch, transformers and its sibling only.
 """
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .products_blueberry import linear, product_dtype
+from .products_blueberry import linear, product_dtype, without_autocast
 
 EXPERTS_IMPLEMENTATION = "blueberry"
 BLOCK = 16  # an expert's rows come in multiples of it
+FEW = 256  # tokens up to which transformers' grouped_mm is as fast outside training, and below 100 faster
 
 
 class Routing(NamedTuple):
@@ -186,26 +187,65 @@ def _zero_idle_experts(grads: list[Tensor | None], routing: Routing, num_experts
                 grad[expert].zero_()
 
 
+def experts_of_one_token(
+    hidden: Tensor,  # (1, hidden), in the dtype of the products
+    scores: Tensor,  # (1, top_k), in the same dtype
+    up: Tensor,  # weights and biases as in `_SortedExperts`
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    top_k_index: Tensor,  # (1, top_k)
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The same sum where there is nothing to sort, outside autograd: a step of decoding."""
+    output = torch.zeros_like(hidden)
+    cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
+    for expert, score in zip(top_k_index[0].tolist(), scores[0].unbind(), strict=True):
+        if expert < len(up):  # else it lives on another rank
+            inner = activation(_affine(hidden, cast_up.read(expert), up_bias, expert))
+            output.addcmul_(_affine(inner, cast_down.read(expert), down_bias, expert), score)
+    return output
+
+
+def can_use_grouped_mm(tokens: int, up: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the CPU's own grouped product, which spares a loop in Python, is as fast outside training.
+
+    It is for few tokens, wants weights in the dtype of the products, and rows of a multiple of 16 bytes.
+    """
+    aligned = all(size * up.element_size() % 16 == 0 for size in (*up.shape[1:], *down.shape[1:]))
+    return tokens <= FEW and aligned and up.dtype == dtype != torch.float64
+
+
 def blueberry_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Experts on hidden_states (tokens, hidden), routed by top_k_index and top_k_weights (tokens, top_k)."""
-    if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or self.has_post_expert_norm:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # which would keep the experts of one input
+    if traced or hidden_states.device.type != "cpu" or self.has_post_expert_norm:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    up, up_bias = (self.gate_up_proj if self.has_gate else self.up_proj), None
-    down, down_bias = self.down_proj, None
-    if self.has_bias:
-        up_bias, down_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias), self.down_proj_bias
-    if self.is_transposed:
-        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    dtype, training, tokens = compute_dtype(hidden_states), torch.is_grad_enabled(), len(hidden_states)
+    up, up_bias, down, down_bias = weights_and_biases(self)
+    if not training and tokens != 1 and can_use_grouped_mm(tokens, up, down, dtype):
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    inputs = hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias
     activation = self._apply_gate if self.has_gate else self.act_fn
-    dtype = compute_dtype(hidden_states)
-    routing = sort_by_expert(top_k_index, self.num_experts, block=1 if dtype == torch.float64 else BLOCK)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        output = _SortedExperts.apply(
-            hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias, routing, activation
-        )
+    with without_autocast(hidden_states.device.type):
+        if tokens == 1 and not training:
+            output = experts_of_one_token(*inputs, top_k_index, activation)
+        else:
+            routing = sort_by_expert(top_k_index, self.num_experts, block=1 if dtype == torch.float64 else BLOCK)
+            output = _SortedExperts.apply(*inputs, routing, activation)
     return output.to(hidden_states.dtype)
+
+
+def weights_and_biases(experts: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Up and down projection of an experts module of transformers, each (experts, out, in) and then its bias."""
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, down = getattr(experts, name), experts.down_proj
+    if experts.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    biases = (getattr(experts, f"{name}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
+    return up, biases[0], down, biases[1]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, blueberry_experts_forward)

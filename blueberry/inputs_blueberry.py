@@ -20,7 +20,7 @@ def check_input(
     vocab_size: int,
     max_positions: int,
 ) -> None:
-    """Raise ValueError unless there is exactly one of the first two, not empty, of known ids, and a mask of its size.
+    """Raise ValueError unless there is exactly one of the first two, a batch of known ids, and a mask of its size.
 
     More positions than the model was made for are computed, with a warning.
     """
@@ -28,7 +28,9 @@ def check_input(
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if torch.compiler.is_compiling():
         return
-    given = inputs_embeds if input_ids is None else input_ids
+    given, dims = (inputs_embeds, "(batch, seq, hidden)") if input_ids is None else (input_ids, "(batch, seq)")
+    if given.dim() != dims.count(",") + 1:
+        raise ValueError(f"input of shape {tuple(given.shape)} must have shape {dims}: a batch of sequences")
     if given.numel() == 0:
         raise ValueError(f"empty input of shape {tuple(given.shape)}: give at least one sequence of one token")
     if input_ids is not None:
@@ -64,9 +66,13 @@ def _check_mask(attention_mask: Tensor, batch: int, total: int) -> None:
         )
 
 
-def check_labels(labels: Tensor | None, vocab_size: int, ignore_index: int = -100) -> None:
-    """Raise ValueError for a label that is neither a token id nor `ignore_index`."""
-    if torch.compiler.is_compiling() or labels is None or labels.device.type != "cpu" or labels.numel() == 0:
+def check_labels(labels: Tensor, shape: tuple[int, int], vocab_size: int, ignore_index: int = -100) -> None:
+    """Raise ValueError unless there is a label for each token (batch, seq), a token id or `ignore_index`."""
+    if torch.compiler.is_compiling():
+        return
+    if labels.shape != shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit an input of {tuple(shape)}: one a token")
+    if labels.device.type != "cpu":
         return
     low, high = (int(bound) for bound in labels.masked_fill(labels == ignore_index, 0).aminmax())
     if low < 0 or high >= vocab_size:
@@ -77,10 +83,13 @@ def check_labels(labels: Tensor | None, vocab_size: int, ignore_index: int = -10
 
 
 class RefuseNaN(LogitsProcessor):
-    """Raise ValueError where logits are NaN: their argmax would be token 0, again and again."""
+    """Raise ValueError where logits are NaN: their argmax would be token 0, again and again. Not in CUDA graphs."""
+
+    supports_continuous_batching = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (batch, vocab) as they are."""
-        if scores.isnan().any():
-            raise ValueError(f"logits of token {input_ids.shape[1]} are NaN: the weights of the model are damaged")
+        captured = torch.compiler.is_compiling() or (scores.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not captured and (bad := int(scores.isnan().any(dim=-1).sum())):
+            raise ValueError(f"logits of {bad} of {len(scores)} sequences are NaN: the model's weights are damaged")
         return scores

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .products_blueberry import linear, product_dtype
+from .products_blueberry import linear, product_dtype, without_autocast
 
 CPU_CHUNK, CHUNK = 512, 4096  # tokens whose logits exist at once; on the CPU measured fastest of 128 to 2048
 CACHED = 2**22  # probabilities in fp32 at once on the CPU: 16 MiB
@@ -47,7 +47,7 @@ def head_cross_entropy(
     """
     targets = next_tokens(labels, shift_labels, ignore_index).to(hidden.device)
     dtype = product_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         total = _HeadCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), weight, targets, ignore_index)
     return total / count_items(targets, num_items_in_batch, ignore_index)
 

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.generation.utils import GenerateOutput
+from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.integrations import use_experts_implementation
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -45,51 +44,9 @@ from .losses_blueberry import (
     sequence_weights,
 )
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
+from .products_blueberry import without_autocast
+from .rotary_blueberry import BlueberryRotaryEmbedding
 from .upcycling_blueberry import upcycled_config, upcycled_weights
-
-
-class BlueberryRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotation angles of every position; every rope type of transformers."""
-
-    inv_freq: Tensor  # (head_dim / 2,)
-
-    def __init__(self, config: BlueberryConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        inv_freq, self.attention_scaling = self._initial_frequencies()
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
-
-    def _initial_frequencies(self) -> tuple[Tensor, float]:
-        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        return rope_init(self.config)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model, but stay in fp32: angles grow with the position, and so do errors of bf16."""
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:
-            frequencies, self.attention_scaling = self._initial_frequencies()
-            self.inv_freq = frequencies.to(self.inv_freq.device)
-            self.original_inv_freq = self.inv_freq.clone()
-            self.max_seq_len_cached = self.original_max_seq_len
-        return self
-
-    @staticmethod
-    def compute_default_rope_parameters(config: BlueberryConfig, **kwargs) -> tuple[Tensor, float]:
-        """Angular frequencies rope_theta^(-2i / head_dim), and the scale of cosine and sine, one."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (batch, seq) -> cosine and sine, each (batch, seq, head_dim / 2) in the dtype of x."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class BlueberryResidualLinear(nn.Linear):
@@ -195,7 +152,7 @@ class BlueberryTopKRouter(nn.Module):
         `hidden_states`, the largest first.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device.type):
             logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         if self.training and self.noise > 0:
             logits = logits + self.noise * torch.randn_like(logits)
@@ -422,17 +379,9 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         result.generation_config = copy.deepcopy(model.generation_config)
         return result.train(model.training)
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: list[LogitsProcessor] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor | GenerateOutput:
-        """transformers' `generate`, with a ValueError instead of a text when logits are NaN."""
-        processors = LogitsProcessorList([*(logits_processor or []), RefuseNaN()])
-        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """transformers' own, and one that refuses NaN, for `generate` and `generate_batch`."""
+        return LogitsProcessorList([*super()._get_logits_processor(*args, **kwargs), RefuseNaN()])
 
     @can_return_tuple
     def forward(
@@ -458,13 +407,10 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
         not, so that exp(loss) is a perplexity. `aux_loss` is the load-balancing loss without its coefficient, at least
         one, returned whenever it was computed: in training, or because of `output_router_logits`.
         """
-        for targets in (labels, kwargs.get("shift_labels")):
-            check_labels(targets, self.vocab_size, kwargs.get("ignore_index", -100))
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        wants_router_losses = self.config.num_experts > 0 and (
-            output_router_logits or (self.training and labels is not None)
-        )
+        wanted = output_router_logits or (self.training and labels is not None)
+        wants_router_losses = wanted and self.config.num_experts > 0
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -475,24 +421,17 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             output_router_logits=wants_router_losses,
             **kwargs,
         )
-        logits = loss = aux_loss = None
-        if skip_logits and labels is not None and can_fuse_head(outputs.last_hidden_state, self.lm_head):
-            loss = head_cross_entropy(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                fused = self.loss_function is ForCausalLMLoss and can_fuse_loss(logits)
-                loss = (logits_cross_entropy if fused else self.loss_function)(
-                    logits, labels, self.vocab_size, **kwargs
-                )
+        hidden, aux_loss = outputs.last_hidden_state, None
+        for targets in (labels, kwargs.get("shift_labels")):
+            if targets is not None:
+                check_labels(targets, hidden.shape[:2], self.vocab_size, kwargs.get("ignore_index", -100))
+        without_logits = skip_logits and labels is not None and can_fuse_head(hidden, self.lm_head)
+        logits = None if without_logits else self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        loss = None if labels is None else self._cross_entropy(hidden, logits, labels, **kwargs)
         if wants_router_losses:
-            shape = outputs.last_hidden_state.shape[:2]
-            weights, token_mask = sequence_weights(shape, attention_mask, labels, **kwargs)
-            aux_loss, z_loss = router_losses(
-                outputs.router_logits, weights, token_mask, self.config.num_experts_per_tok
-            )
+            weights, token_mask = sequence_weights(hidden.shape[:2], attention_mask, labels, **kwargs)
+            aux_loss, router_loss = self._router_losses(outputs.router_logits, weights, token_mask)
             if loss is not None and self.training:
-                router_loss = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
                 loss = loss + router_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -503,6 +442,22 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    def _cross_entropy(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, **kwargs: Any) -> Tensor:
+        """The loss of the logits (batch, seq, vocab), or without them that of hidden states (batch, seq, hidden)."""
+        if logits is None:
+            return head_cross_entropy(hidden, self.lm_head.weight, labels, **kwargs)
+        fused = self.loss_function is ForCausalLMLoss and can_fuse_loss(logits)
+        loss_function = logits_cross_entropy if fused else self.loss_function
+        return loss_function(logits, labels, self.vocab_size, **kwargs)
+
+    def _router_losses(
+        self, router_logits: tuple[Tensor, ...], weights: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The load-balancing loss, and the sum of both router losses times their coefficients; scalars."""
+        config = self.config
+        balance, z_loss = router_losses(router_logits, weights, token_mask, config.num_experts_per_tok)
+        return balance, config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
 
 
 class BlueberryForSequenceClassification(GenericForSequenceClassification, BlueberryPreTrainedModel):
@@ -515,6 +470,9 @@ class BlueberryForSequenceClassification(GenericForSequenceClassification, Blueb
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
+
+# Under label smoothing transformers' Trainer shifts the labels only of the classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["blueberry"] = BlueberryForCausalLM.__name__
 
 __all__ = [
     "BlueberryForCausalLM",

@@ -98,13 +98,16 @@ class BlueberryRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., size) -> (..., size)
         if self.can_fuse(x):
             return _FusedRMSNorm.apply(x, self.weight, self.eps, product_dtype(x))
-        wide = widen(x)
-        return (self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)).to(product_dtype(x))
+        dtype, weight = product_dtype(x), self.weight
+        if x.dtype != weight.dtype:
+            x, weight = widen(x), widen(weight)
+        return F.rms_norm(x, weight.shape, weight, self.eps).to(dtype)
 
     def can_fuse(self, x: Tensor) -> bool:
         """In training in eager mode on the CPU, plain tensors, weights in full precision."""
-        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return plain and torch.is_grad_enabled() and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+        training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        plain = training and type(x) is Tensor and x.device.type == "cpu"
+        return plain and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
 
 
 class BlueberryHeadRMSNorm(BlueberryRMSNorm):

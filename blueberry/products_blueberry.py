@@ -3,6 +3,7 @@
 The file ships to the Hub as remote code, so it imports torch only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -20,6 +21,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off; nothing where it is off anyway, because switching it takes as long as a small operation."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @cache

@@ -2,6 +2,8 @@
 
 Importing models takes seconds, so registration waits until something imports transformers' Auto modules or Blueberry's
 own models: an import hook for each, removed once it has fired. For modules that are already there it happens at once.
+Blueberry's models need transformers' layers, which import the Auto modules halfway: if they come first, registration
+waits until they are complete.
 """
 
 import sys
@@ -14,7 +16,10 @@ from types import ModuleType
 
 _CONFIG_AUTO = "transformers.models.auto.configuration_auto"
 _MODEL_AUTO = "transformers.models.auto.modeling_auto"
+_LAYERS = "transformers.modeling_layers"
 _MODELS = "blueberry.modeling_blueberry"
+
+_loading: set[str] = set()  # hooked modules whose code is running
 
 
 def _register_config() -> None:
@@ -36,13 +41,15 @@ def _register_models() -> None:
 
 
 def _load_models() -> None:
-    """Load Blueberry's models, which registers them. Does nothing when it is they who are loading transformers."""
-    import_module(_MODELS)
+    """Load Blueberry's models, which registers them, unless it is they, or the layers, who are loading this."""
+    if not _loading & {_LAYERS, _MODELS}:
+        import_module(_MODELS)
 
 
 _AFTER_IMPORT: dict[str, Callable[[], None]] = {
     _CONFIG_AUTO: _register_config,
     _MODEL_AUTO: _load_models,
+    _LAYERS: _load_models,
     _MODELS: _register_models,
 }
 
@@ -63,7 +70,11 @@ class _RunAfterImport(MetaPathFinder):
         run_module = spec.loader.exec_module
 
         def run_module_and_then(module: ModuleType) -> None:
-            run_module(module)
+            _loading.add(self.name)
+            try:
+                run_module(module)
+            finally:
+                _loading.remove(self.name)
             self.then()
 
         spec.loader.exec_module = run_module_and_then

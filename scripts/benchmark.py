@@ -12,7 +12,7 @@ from importlib import import_module
 
 import torch
 
-from blueberry.errors import UsageError, run_script
+from blueberry.errors import OneLineParser, UsageError, run_script
 
 # Each a module of scripts/benchmarks with `add_arguments` and `run`.
 BENCHMARKS = ("optimizer", "model", "spectral", "manifold")
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     subparsers = parser.add_subparsers(dest="what", required=True)
     for name in BENCHMARKS:
         module = import_module(f"benchmarks.{name}")

@@ -4,16 +4,19 @@ python scripts/generate.py --model results/demo --prompt "My fellow citizens,"
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from blueberry.errors import UsageError, run_script
+
+DEFAULT_LENGTH = 60  # tokens
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a run, or Hub id")
     parser.add_argument("--prompt", default="My fellow citizens,")
-    parser.add_argument("--max_new_tokens", type=int, default=60)
+    parser.add_argument("--max_new_tokens", type=int, help=f"default: {DEFAULT_LENGTH}, less where they do not fit")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -22,7 +25,7 @@ def main() -> None:
     arguments = parse_arguments()
     if not arguments.prompt.strip():
         raise UsageError("--prompt is empty: give the words to go on from")
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UsageError(f"--max_new_tokens {arguments.max_new_tokens} writes nothing: give a positive number")
     if not 0 <= arguments.seed < 2**32:
         raise UsageError(f"--seed {arguments.seed}: must be at least 0 and below 2**32")
@@ -31,16 +34,35 @@ def main() -> None:
     from blueberry.training.summary import sample
 
     model, tokenizer = load(arguments.model)
+    length = new_tokens(model, len(tokenizer(arguments.prompt)["input_ids"]), arguments.max_new_tokens)
     set_seed(arguments.seed)
-    print(sample(model, tokenizer, arguments.prompt, arguments.max_new_tokens))
+    print(sample(model, tokenizer, arguments.prompt, length))
+
+
+def new_tokens(model, prompt: int, asked: int | None) -> int:
+    """How many tokens to write; with the prompt they must fit into the positions that the model was trained on."""
+    from blueberry.training.model import positions
+
+    longest = positions(model.config) or math.inf
+    if prompt >= longest:
+        raise UsageError(f"--prompt has {prompt} tokens, the model {longest} positions: give a shorter one")
+    if asked is not None and asked > longest - prompt:
+        raise UsageError(
+            f"--max_new_tokens {asked}: after a prompt of {prompt} tokens the model has {longest - prompt} positions "
+            "left, give no more than that"
+        )
+    return min(asked or DEFAULT_LENGTH, longest - prompt)
 
 
 def load(name: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from blueberry.training.hub_access import hub_or_cache
+    from blueberry.training.reading import is_local_path
 
     folder = Path(name)
+    if is_local_path(name) and not folder.is_dir():
+        raise UsageError(f"--model {name}: no such folder; check the path")
     if not folder.is_dir():
         hub_or_cache()
     elif not (folder / "config.json").is_file():
@@ -50,7 +72,9 @@ def load(name: str):
     try:
         return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        tried = "" if folder.is_dir() else "no such folder, and the Hub did not give it: "
+        raise UsageError(f"--model {name}: {tried}{reason}") from error
 
 
 if __name__ == "__main__":

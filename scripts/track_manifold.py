@@ -4,10 +4,9 @@ python scripts/track_manifold.py --plot_only [--run results/NAME] [--output_dir 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from blueberry.errors import UsageError
+from blueberry.errors import OneLineParser, UsageError, run_script
 from blueberry.spectral.log import FOLDER
 
 RESULTS = Path("results")
@@ -21,33 +20,31 @@ def newest_run(results: Path) -> Path:
     return max(logs, key=lambda log: log.stat().st_mtime_ns).parent
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; argparse exits with code 2 where it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plot_only", action="store_true", required=True, help="draw from the log, train nothing")
     parser.add_argument("--run", type=Path, help="run folder (default: the newest under results/ with a spectral log)")
     parser.add_argument("--output_dir", type=Path, help="default: results/research_plots/<name of the run>")
     parser.add_argument("--formats", nargs="+", default=["png", "pdf"], choices=["png", "pdf", "svg"])
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Draw, print where the figures are; exit code 2 and one line for what the user can mend."""
-    settings = parse_arguments(arguments)
+def main() -> None:
+    """Draw, and say where the figures are."""
+    settings = parse_arguments()
+    run = settings.run or newest_run(RESULTS)
+    if not run.is_dir():
+        raise UsageError(f"no run folder {run}; --run takes the output folder of a training run")
+    from blueberry.spectral.plots import draw_run
+
+    output_dir = settings.output_dir or RESULTS / "research_plots" / run.resolve().name
     try:
-        run = settings.run or newest_run(RESULTS)
-        if not run.is_dir():
-            raise UsageError(f"no run folder {run}; --run takes the output folder of a training run")
-        from blueberry.spectral.plots import draw_run
-
-        output_dir = settings.output_dir or RESULTS / "research_plots" / run.resolve().name
         figures = draw_run(run, output_dir, settings.formats)
-    except UsageError as error:
-        print(f"track_manifold.py: {error}", file=sys.stderr)
-        return 2
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(f"--output_dir {output_dir}: {error.strerror}; name a folder that can be written") from error
     print(f"{len(figures)} figures of {run} in {output_dir}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

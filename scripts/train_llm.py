@@ -7,6 +7,7 @@
 """
 
 import os
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,16 @@ from pathlib import Path
 from blueberry.errors import UsageError, run_script
 
 STREAM_SHUFFLE_BUFFER = 1000  # windows
+ON_VIOLATION = ("warn", "project", "stop")
 METRICS = ("loss", "accuracy", "perplexity", "bits_per_byte")
+
+# Values of arguments that are refused, and why.
+REFUSED = {
+    "prediction_loss_only": (True, "leaves accuracy, perplexity and bits per byte out"),
+    "include_num_input_tokens_seen": ("no", "leaves the tokens and their speed at zero"),
+    "eval_do_concat_batches": (False, "gives the metrics lists of batches, which they cannot read"),
+    "batch_eval_metrics": (True, "asks for means of batches, but a perplexity is none"),
+}
 
 
 @dataclass
@@ -37,32 +47,58 @@ class TrackingArguments:
         metadata={"help": "When a weight of --optimizer manifold leaves its manifold: warn, project or stop."},
     )
 
+    def __post_init__(self) -> None:
+        for name in ("track_every_n_steps", "track_max_overhead"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"--{name} {value}: must be above 0")
+            if value is not None and not self.track_manifold:
+                raise UsageError(f"--{name} {value} does nothing without --track_manifold true: add that")
+        if self.on_violation not in ON_VIOLATION:
+            raise UsageError(f"--on_violation {self.on_violation} is unknown: use one of {', '.join(ON_VIOLATION)}")
+
 
 def main() -> None:
-    from blueberry.training.cpu import keep_freed_memory, use_idle_cores, warn_about_slow_bf16
+    from blueberry.training.checkpoints import step_of
     from blueberry.training.parser import BlueberryArgumentParser
     from blueberry.training.resuming import check_same_run, find_checkpoint, is_finished
-    from blueberry.training.run_folder import RunFolderCallback, check_run_folder, describe
+    from blueberry.training.run_folder import (
+        RunFolderCallback,
+        check_run_folder,
+        describe,
+        mend_run_folder,
+        no_empty_folder_left,
+    )
 
     model_args, data_args, tracking_args, args = BlueberryArgumentParser(argument_groups()).parse()
+    set_up_cpu(args)
+    check_arguments(data_args, tracking_args, args)
+    with args.main_process_first():
+        mend_run_folder(args)
+    checkpoint = find_checkpoint(args)
+    check_run_folder(args, checkpoint)
+    settings = describe(args, model_args, data_args, tracking_args)
+    check_same_run(settings, checkpoint)
+    folder = RunFolderCallback(settings, checkpoint)
+    with no_empty_folder_left(Path(args.output_dir)), closing(folder):
+        trainer, data = set_up(model_args, data_args, tracking_args, args, folder)
+        if not is_finished(trainer, checkpoint):
+            train(trainer, checkpoint, folder)
+            finish(trainer, data, settings)
+        elif trainer.is_world_process_zero():
+            print(f"{args.output_dir} is finished: {step_of(checkpoint):,} steps taken, {trainer.planned_steps():,} "
+                  f"asked for; a larger --train_tokens goes on from {checkpoint.name}")  # fmt: skip
+
+
+def set_up_cpu(args) -> None:
+    """What training on a CPU profits from."""
+    from blueberry.training.cpu import keep_freed_memory, use_idle_cores, warn_about_slow_bf16
+
     if args.device.type == "cpu":
         keep_freed_memory()
         use_idle_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if args.bf16:
             warn_about_slow_bf16()
-    checkpoint = find_checkpoint(args)
-    check_run_folder(args, checkpoint)
-    settings = describe(args, model_args, data_args, tracking_args)
-    check_same_run(settings, checkpoint)
-    folder = RunFolderCallback(settings)
-    trainer, data = set_up(model_args, data_args, tracking_args, args, folder)
-    if is_finished(trainer, checkpoint):
-        if trainer.is_world_process_zero():
-            print(f"{args.output_dir} is finished: {checkpoint.name} of {trainer.planned_steps():,} steps; "
-                  "a larger --train_tokens goes on from there")  # fmt: skip
-        return
-    train(trainer, checkpoint, folder)
-    finish(trainer, data, settings)
 
 
 def argument_groups() -> list[type]:
@@ -78,12 +114,12 @@ def set_up(model_args, data_args, tracking_args, args, folder):
     from transformers import set_seed
 
     from blueberry.training.data import prepare_data
-    from blueberry.training.model import build_model, load_config, positions
+    from blueberry.training.model import build_model, check_model, load_config, positions
+    from blueberry.training.resuming import check_same_identity, identity
     from trainer_callbacks import SpectralMetricsCallback
 
-    if data_args.streaming and args.max_steps <= 0 and args.train_tokens is None:
-        raise UsageError("--streaming has no known length: give --train_tokens or --max_steps")
     config = load_config(model_args)
+    check_model(config)
     with args.main_process_first():
         vocab_size = config.get_text_config().vocab_size
         data = prepare_data(data_args, vocab_size=vocab_size, max_positions=positions(config))
@@ -96,6 +132,8 @@ def set_up(model_args, data_args, tracking_args, args, folder):
     if data.tokenizer is not None:
         config.bos_token_id = config.eos_token_id = data.tokenizer.eos_token_id
         config.pad_token_id = data.tokenizer.pad_token_id
+    folder.identity = identity(args, config, data)
+    check_same_identity(folder.identity, folder.checkpoint)
     set_seed(args.seed)
     model = build_model(config)
     trainer = make_trainer(model, data, args, [folder, *make_callbacks(model, tracking_args, args)])
@@ -104,13 +142,32 @@ def set_up(model_args, data_args, tracking_args, args, folder):
     return trainer, data
 
 
-def check_evaluation(data, args) -> None:
-    """Refuse what would evaluate nothing, or something the data does not have."""
+def check_arguments(data_args, tracking_args, args) -> None:
+    """Refuse what would do nothing, or spoil the results, in a run of this script."""
+    if data_args.streaming and args.max_steps <= 0 and args.train_tokens is None:
+        raise UsageError("--streaming has no known length: give --train_tokens or --max_steps")
+    if tracking_args.on_violation != "warn" and args.optimizer != "manifold":
+        raise UsageError(
+            f"--on_violation {tracking_args.on_violation} does nothing with --optimizer {args.optimizer}: leave it "
+            "out, or use --optimizer manifold"
+        )
     wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if wanted not in METRICS:
         raise UsageError(f"--metric_for_best_model {wanted} is not evaluated: choose from {', '.join(METRICS)}")
     if args.label_names not in (None, ["labels"]):
         raise UsageError(f"--label_names {' '.join(args.label_names)}: windows have labels only; leave it out")
+    for name, (value, why) in REFUSED.items():
+        if getattr(args, name) == value:
+            raise UsageError(f"--{name} {str(value).lower()} {why}: leave it out")
+
+
+def check_evaluation(data, args) -> None:
+    """Refuse what would evaluate nothing, or fail only then."""
+    from datasets import config
+
+    from blueberry.training.cache import writable
+
+    writable(Path(config.HF_MODULES_CACHE), "HF_HOME")  # where `evaluate` copies its modules before it runs them
     batch, windows = args.eval_batch_size * args.world_size, len(data.validation)
     if args.dataloader_drop_last and windows < batch:
         raise UsageError(
@@ -203,7 +260,8 @@ def finish(trainer, data, settings) -> None:
     """Evaluate, save, and say where things are."""
     from transformers.integrations.integration_utils import rewrite_logs
 
-    from blueberry.training.run_folder import EVAL_RESULTS, write_json
+    from blueberry.training.replacing import EVAL_RESULTS
+    from blueberry.training.run_folder import write_json
     from blueberry.training.summary import final_metrics, print_summary, sample
     from trainer_callbacks import TensorBoardCallback
 
@@ -219,7 +277,7 @@ def finish(trainer, data, settings) -> None:
         writer = board.writer(trainer.args, trainer.state)
         writer.add_scalar("eval/unigram_loss", data.unigram_loss, trainer.state.global_step)
         board.add_hparams(settings, rewrite_logs(metrics))
-    print_summary(trainer, data, metrics)
+    print_summary(trainer, data, metrics, None if board is None else board.logging_dir)
     if data.tokenizer is not None:
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")
 

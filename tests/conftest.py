@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,27 @@ def arguments(small_corpus: Path, small_config: Path) -> list:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["BLUEBERRY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def data_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing lands in the caches of the user or of other tests, and nothing is asked of the Hub."""
+    import datasets
+
+    monkeypatch.setenv("BLUEBERRY_CACHE", str(tmp_path / "blueberry"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args, **_kwargs):
+        pytest.fail("the network was used")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ ALLOWED = {
     "blueberry.losses_blueberry": ("blueberry.products_blueberry",),
     "blueberry.norm_blueberry": ("blueberry.products_blueberry",),
     "blueberry.products_blueberry": (),
+    "blueberry.rotary_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.upcycling_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.modeling_blueberry": (
         "blueberry.attention_blueberry",
@@ -27,6 +28,8 @@ ALLOWED = {
         "blueberry.inputs_blueberry",
         "blueberry.losses_blueberry",
         "blueberry.norm_blueberry",
+        "blueberry.products_blueberry",
+        "blueberry.rotary_blueberry",
         "blueberry.upcycling_blueberry",
     ),
     "blueberry.errors": (),
@@ -113,7 +116,14 @@ def test_importing_blueberry_loads_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize(
-    "first", ["import blueberry", "import transformers", "from blueberry import BlueberryForCausalLM"]
+    "first",
+    [
+        "import blueberry",
+        "import transformers",
+        "from blueberry import BlueberryForCausalLM",
+        "import blueberry; from transformers import LlamaForCausalLM",  # layers before Auto classes
+        "import blueberry; from transformers import Trainer",
+    ],
 )
 def test_auto_classes_know_blueberry_whatever_is_imported_first(first):
     code = f"""{first}

@@ -105,6 +105,9 @@ def test_only_groups_with_a_bound_are_clipped_by_their_common_norm():
 def test_unknown_settings_and_optimizers_are_refused():
     with pytest.raises(UsageError, match="setting 'nesterof' is unknown"):
         build_optimizer(TinyModel(), nesterof=False)
+    for name in ("defaults", "self", "params", "lr"):  # of Muon's constructor, but none that a user sets
+        with pytest.raises(UsageError, match=f"setting '{name}' is unknown"):
+            build_optimizer(TinyModel(), **{name: 1})
     with pytest.raises(UsageError, match="optimizer='sgd' is unknown"):
         build_optimizer(TinyModel(), optimizer="sgd")
 

@@ -89,6 +89,10 @@ def test_an_unknown_preset_lists_the_presets():
         BlueberryConfig.from_preset("large")
 
 
+def test_heads_of_a_given_size_need_not_divide_the_hidden_size():
+    assert BlueberryConfig.from_preset("tiny", num_attention_heads=6, head_dim=20).head_dim == 20  # 6 x 20 for 128
+
+
 def test_a_single_expert_and_a_dense_model_are_valid():
     assert BlueberryConfig.from_preset("tiny", num_experts=1, num_experts_per_tok=1).num_experts == 1
     assert BlueberryConfig.from_preset("tiny", num_experts=0).num_experts == 0

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import socket
 
 import datasets
 import numpy as np
@@ -20,6 +19,7 @@ from blueberry.training.reading import Corpus, read_corpus
 from blueberry.training.splitting import choose_validation, split_corpus, survey
 
 WORDS = ["whale", "sea", "ship", "captain", "white", "harpoon", "storm", "island", "sailor", "wave"]
+pytestmark = pytest.mark.usefixtures("data_caches")
 LIMITS = {"vocab_size": 300, "max_positions": 32}
 
 
@@ -30,15 +30,6 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
 
 
 TEXTS = make_texts(40)
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path, monkeypatch):
-    """Nothing of these tests lands in the user's caches, and nothing is asked of the Hub."""
-    monkeypatch.setenv("BLUEBERRY_CACHE", str(tmp_path / "blueberry"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +43,6 @@ def sotu(sotu_cache) -> PreparedData:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLUEBERRY_CACHE", str(sotu_cache))
         return prepare_data(DataArguments(), vocab_size=1024, max_positions=256)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        pytest.fail("the network was used")
-
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def prepare(dataset, **options) -> PreparedData:
@@ -236,6 +217,9 @@ def write_sources(folder):
     }.items():
         paths[name] = folder / name
         paths[name].write_text(content)
+    (paths["many"] / "folder.txt").mkdir()  # a folder is no document
+    paths["rows[1].jsonl"] = folder / "rows[1].jsonl"
+    paths["rows[1].jsonl"].write_text(paths["rows.jsonl"].read_text())
     rows = Dataset.from_dict({"text": TEXTS, "other": TEXTS, "number": range(40)})
     rows.to_parquet(folder / "rows.parquet")
     rows.save_to_disk(paths["saved"])
@@ -257,6 +241,47 @@ def test_prepared_from_local_files_without_network(tmp_path, no_network):
     assert len(documents) > 20
     assert set(documents[:-1]) <= set(TEXTS)
     assert data.description.startswith("rows.jsonl: training on ")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (["train.jsonl", "validation.jsonl", "test.jsonl"], ""),
+        (["train-0.jsonl", "train-1.jsonl", "dev-0.jsonl", "eval.jsonl"], ""),
+        (["wiki.train.jsonl", "wiki.valid.jsonl", "wiki.test.jsonl"], "*.jsonl"),
+        (["train/a.jsonl", "val/a.jsonl", "testing/a.jsonl"], "**"),
+    ],
+)
+def test_a_folder_is_split_by_the_names_of_its_files_as_load_dataset_does(
+    names, pattern, streaming, tmp_path, no_network
+):
+    folder = tmp_path / "test" / "files"  # what lies above says nothing
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": TEXTS[index]}))
+    corpus = read_corpus(str(folder / pattern), streaming=streaming)
+    expected = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert [row["text"] for row in corpus.documents] == expected["train"]["text"][:]
+    assert [row["text"] for row in corpus.validation] == expected["validation"]["text"][:]
+
+
+def test_one_file_is_for_training_whatever_its_name(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": TEXTS[0]}))
+    assert read_corpus(str(tmp_path / "test.jsonl")).documents["text"][:] == TEXTS[:1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_text_column_is_known_by_its_type_where_the_first_row_is_null(tmp_path, streaming):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in [None, *TEXTS]))
+    corpus = read_corpus(str(tmp_path / "rows.jsonl"), streaming=streaming)
+    assert [row["text"] for row in corpus.documents] == [None, *TEXTS]
+
+
+def test_one_document_is_not_called_documents(tmp_path):
+    own = {"train": Dataset.from_dict({"text": TEXTS}), "validation": Dataset.from_dict({"text": TEXTS[:1]})}
+    DatasetDict(own).save_to_disk(tmp_path / "splits")
+    assert " of 1 document (the dataset's own" in prepare(tmp_path / "splits").description
 
 
 def test_stream_holds_out_its_first_documents_and_trains_on_the_rest(tmp_path, no_network):
@@ -305,6 +330,23 @@ def test_tokenized_rows_need_no_tokenizer(tmp_path):
     assert prepare(tmp_path / "rows", max_length=8).train_tokens == data.train_tokens
 
 
+def test_null_rows_of_tokens_are_skipped(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 300, (20, 16)).tolist()
+    Dataset.from_dict({"input_ids": [None, *rows, None, []]}).save_to_disk(tmp_path / "rows")
+    data = prepare(tmp_path / "rows")
+    assert sorted(windows_of(data.train) + windows_of(data.validation)) == sorted(rows)
+
+
+def test_masked_labels_are_refused_though_the_windows_of_the_same_ids_are_cached(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 300, (20, 16)).tolist()
+    Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(tmp_path / "rows")
+    held_out = windows_of(prepare(tmp_path / "rows").validation)
+    masked = [row if row in held_out else [-100, *row[1:]] for row in rows]
+    Dataset.from_dict({"input_ids": rows, "labels": masked}).save_to_disk(tmp_path / "masked")
+    with pytest.raises(UsageError, match="labels differ from input_ids"):
+        prepare(tmp_path / "masked")
+
+
 def test_text_column_is_the_named_one_or_text_or_the_only_one(tmp_path):
     rows = Dataset.from_dict({"text": TEXTS, "story": TEXTS[::-1], "id": range(40)})
     rows.to_parquet(tmp_path / "a.parquet")
@@ -312,92 +354,6 @@ def test_text_column_is_the_named_one_or_text_or_the_only_one(tmp_path):
     assert read_corpus(str(tmp_path / "a.parquet")).documents["text"][:] == TEXTS
     assert read_corpus(str(tmp_path / "a.parquet"), text_column="story").documents["text"][:] == TEXTS[::-1]
     assert read_corpus(str(tmp_path / "b.parquet")).documents["text"][:] == TEXTS[::-1]
-
-
-# Bad input
-
-
-def bad_sources(folder):
-    """Name -> a path that cannot be trained on."""
-    folder.mkdir()
-    files = {
-        "broken.jsonl": '{"text": "a"}\n{"text": ',
-        "empty.txt": "",
-        "blank.jsonl": '{"text": " "}\n{"text": ""}',
-        "table.csv": "text\na",
-        "two.jsonl": '{"title": "a", "story": "b"}',
-        "number.jsonl": '{"id": 1}',
-        "one.jsonl": json.dumps({"text": TEXTS[0]}),
-        "short.jsonl": '{"text": "a"}\n{"text": "b"}',
-    }
-    for name, content in files.items():
-        (folder / name).write_text(content)
-    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00" * 9)
-    (folder / "folder").mkdir()
-    (folder / "mixed").mkdir()
-    (folder / "mixed" / "a.txt").write_text("a")
-    (folder / "mixed" / "b.jsonl").write_text("{}")
-    rows = {"input_ids": [[1, 2, 3] * 20, [4, 5, 6] * 20]}
-    Dataset.from_dict(rows).save_to_disk(folder / "long")
-    Dataset.from_dict({"input_ids": [[1, 2], [3, 900]] * 20}).save_to_disk(folder / "ids")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("broken.jsonl", "cannot be read as json, mend or remove the file"),
-        ("binary.txt", "cannot be read as text, mend or remove the file"),
-        ("empty.txt", "is empty"),
-        ("blank.jsonl", "has no document with text"),
-        ("table.csv", r"unknown file type '.csv'; convert it to one of .txt, .json"),
-        ("two.jsonl", r"which column is the text\? name it with --text_column \(columns: title, story\)"),
-        ("number.jsonl", r"columns: id"),
-        ("one.jsonl", "needs two different documents"),
-        ("short.jsonl", "training text is shorter than one window of 32 tokens; lower --max_length"),
-        ("folder", "no .txt, .json, .jsonl, .parquet file in it"),
-        ("*.zip", "no .txt, .json, .jsonl, .parquet file in it"),
-        ("mixed", "mixes .jsonl, .txt files"),
-        ("absent.txt", "no file or folder of this name; check the path"),
-        ("absent", "no file or folder of this name; check the path"),
-        ("long", "has 60 tokens, the model 32 positions; --max_length 32"),
-        ("ids", "token id 900 is outside the model's vocabulary of 300"),
-    ],
-)
-def test_data_that_cannot_be_trained_on_is_refused_in_one_line(tmp_path, no_network, name, message):
-    with pytest.raises(UsageError, match=message) as caught:
-        prepare(bad_sources(tmp_path / "bad") / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_hub_dataset_is_refused_in_one_line():
-    with pytest.raises(UsageError, match="no file or folder of this name, and the Hub did not give it") as caught:
-        prepare("someone/nothing")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"validation_fraction": 0.0}, "--validation_fraction 0.0: must lie between 0 and 1"),
-        ({"validation_fraction": 1.0}, "--validation_fraction 1.0"),
-        ({"max_length": 33}, "--max_length 33: must lie between 2 and the model's 32 positions"),
-        ({"max_length": 1}, "--max_length 1"),
-        ({"max_validation_tokens": 0}, "--max_validation_tokens 0"),
-        ({"text_column": "absent"}, "no text column 'absent'; name it with --text_column"),
-        ({"streaming": True}, "validation takes all 40 documents of the stream"),
-        ({"tokenizer": "./absent"}, "no such folder"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_refused(tmp_path, options, message):
-    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "rows")
-    with pytest.raises(UsageError, match=message):
-        prepare(tmp_path / "rows", **options)
-
-
-def test_streaming_the_corpus_in_memory_is_refused():
-    with pytest.raises(UsageError, match="leave --streaming out"):
-        prepare("sotu", streaming=True)
 
 
 def test_arguments_are_read_from_the_command_line():

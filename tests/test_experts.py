@@ -1,5 +1,6 @@
 """The "blueberry" experts implementation: against a per-token loop, gradcheck, and transformers' own models."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -141,6 +142,25 @@ def test_pairs_of_other_ranks_contribute_nothing(gated: bool):
     assert not gradients(experts(hidden, index, weights), [weights])[0][~here].any()
 
 
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@pytest.mark.parametrize("width", [12, 10])  # rows of 10 do not suit the grouped product
+@torch.no_grad()
+def test_experts_outside_training_equal_the_loop_over_tokens(gated: bool, num_tokens: int, width: int):
+    exact = build_experts(gated, moe_intermediate_size=width)
+    exact._is_expert_parallel = True  # expert 5 lives elsewhere
+    hidden, index, weights = random_routing(num_tokens, [1, 2, 5])
+    expected = per_token_loop(exact, hidden, index.clamp(max=4), weights * (index < 5))
+    torch.testing.assert_close(exact(hidden, index, weights), expected)
+    experts = copy.deepcopy(exact).float()
+    torch.testing.assert_close(
+        experts(hidden.float(), index, weights.float()).double(), expected, rtol=1e-4, atol=1e-5
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = experts(hidden.float(), index, weights.float()).double()
+    assert (rounded - expected).norm() <= 0.02 * expected.norm()  # bf16 rounds to 2^-9
+
+
 def test_frozen_experts_get_no_gradient_but_pass_it_on():
     experts = build_experts(gated=False)
     hidden, index, weights = random_routing(6, [0, 1, 2])
@@ -212,6 +232,17 @@ def test_compiled_experts_equal_eager_ones():
     )
     compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(hidden, index, weights), experts(hidden, index, weights))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traced_experts_follow_the_routing_of_another_input(num_tokens: int):
+    experts = build_experts(gated=False).float().requires_grad_(False)
+    routings = [random_routing(num_tokens, chosen) for chosen in ([0, 1], [2, 4])]
+    first, second = ((hidden.detach().float(), index, weights.detach().float()) for hidden, index, weights in routings)
+    with torch.no_grad():
+        traced = torch.jit.trace(experts, first, check_trace=False)
+        torch.testing.assert_close(traced(*second), experts(*second))
 
 
 SMALL = {

@@ -15,6 +15,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedT
 from blueberry import BlueberryForCausalLM
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
+NO_END = {"eos_token_id": -1, "pad_token_id": 0}  # continuous batching wants them given
+# without sizes transformers reserves most of the memory
+SMALL_PAGES = ContinuousBatchingConfig(page_size=32, num_blocks=8, max_batch_tokens=64)
 
 
 def writer(variant: str = "experts", seed: int = 0, **overrides) -> BlueberryForCausalLM:
@@ -87,10 +90,8 @@ def test_left_padding_does_not_change_what_is_generated(variant: str):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_continuous_batching_gives_every_prompt_its_own_text(variant: str):
     model, prompts = writer(variant), [tokens(1, length, seed=length) for length in (3, 5, 9)]
-    config = GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0)
-    # without sizes transformers reserves most of the memory
-    sizes = ContinuousBatchingConfig(page_size=32, num_blocks=8, max_batch_tokens=64)
-    outputs = model.generate_batch([prompt[0].tolist() for prompt in prompts], config, sizes, warmup=False)
+    config = GenerationConfig(**GREEDY, **NO_END)
+    outputs = model.generate_batch([prompt[0].tolist() for prompt in prompts], config, SMALL_PAGES, warmup=False)
     texts = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     for prompt in prompts:
         expected = argmax_repeatedly(model, prompt)[0, prompt.shape[1] :]
@@ -163,8 +164,12 @@ def test_logits_of_nan_are_an_error_and_not_a_text(options: dict):
     model = writer()
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="logits of token 4 are NaN"):
+    sequences = 2 * options.get("num_beams", 1)
+    with pytest.raises(ValueError, match=f"logits of {sequences} of {sequences} sequences are NaN"):
         model.generate(tokens(2, 4), max_new_tokens=3, **options)
+    config = GenerationConfig(**GREEDY, **NO_END)
+    (output,) = model.generate_batch([[5, 9]], config, SMALL_PAGES, warmup=False).values()
+    assert "are NaN" in output.error and not output.generated_tokens
 
 
 def test_texts_longer_than_the_trained_positions_are_written_with_a_warning(caplog):

@@ -84,6 +84,14 @@ def test_compiled_flex_attention_equals_sdpa():
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_heads_that_do_not_divide_the_hidden_size_attend_the_same():
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 10}
+    model, ids = build(**sizes).double().train(), tokens(2, 10)
+    by_blocks = gradients(model, ids)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(by_blocks, gradients(model, ids))
+
+
 def test_the_attention_implementation_can_be_chosen_and_switched(tmp_path):
     model, ids = build(attn_implementation="eager"), tokens(2, 5)
     model.save_pretrained(tmp_path)

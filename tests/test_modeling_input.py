@@ -33,6 +33,21 @@ def test_a_label_outside_the_vocabulary_is_named(bad: int, skip_logits: bool):
             build()(ids, skip_logits=skip_logits, **given)
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (1, 6), (12,)], ids=str)
+def test_labels_that_do_not_fit_the_input_are_refused(shape: tuple[int, ...]):
+    labels = torch.ones(shape, dtype=torch.long)
+    for skip_logits in (False, True):
+        with pytest.raises(ValueError, match=r"labels of shape \(.*\) do not fit an input of \(2, 6\)"):
+            build()(tokens(2, 6), labels=labels, skip_logits=skip_logits)
+
+
+def test_one_sequence_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match=r"input of shape \(3,\) must have shape \(batch, seq\)"):
+        build()(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"input of shape \(3, 32\) must have shape \(batch, seq, hidden\)"):
+        build()(inputs_embeds=torch.zeros(3, 32))
+
+
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_the_loss_of_no_labels_is_that_of_torch_with_and_without_logits(skip_logits: bool):
     model, ids = build().train(), tokens(1, 4)

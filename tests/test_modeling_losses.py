@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_modeling import VARIANTS, build, gradients, tokens
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from blueberry import BlueberryConfig
 from blueberry.losses_blueberry import load_balancing_loss, router_z_loss, sequence_weights
@@ -145,6 +146,14 @@ def test_the_evaluation_loss_is_the_pure_cross_entropy(variant: str):
     output = model(ids, labels=ids, output_router_logits=True)
     expected = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
+
+
+def test_label_smoothing_of_transformers_trainer_is_about_the_next_token(tmp_path):
+    model, ids = build("dense").train(), tokens(2, 9)
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1))
 
 
 def test_router_losses_pull_on_every_router():

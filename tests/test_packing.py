@@ -1,10 +1,13 @@
 """Windows: nothing twice, nothing lost but the tail; the same windows from disk and from a stream."""
 
+import pickle
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from blueberry.errors import UsageError
@@ -42,6 +45,22 @@ def test_documents_are_joined_with_the_end_of_text_token(tokenizer, encoder):
             expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     found = np.concatenate(list(token_arrays(Dataset.from_dict({"text": TEXTS}), encoder)))
     assert found.tolist() == expected
+
+
+def test_a_control_token_written_in_a_document_is_text(tokenizer, encoder):
+    text = f"a whale{END_OF_TEXT} a sea"
+    for same in (encoder, pickle.loads(pickle.dumps(encoder))):
+        *ids, end = same({"text": [text]}).tolist()
+        assert end == tokenizer.eos_token_id and end not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_workers_encode_after_the_threads_of_the_tokenizer_were_lost_in_their_fork(encoder, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    rows = pack_stream(Dataset.from_dict({"text": TEXTS * 10}).to_iterable_dataset(), encoder, 16)
+    here = [row["input_ids"] for row in rows]  # starts the threads
+    loader = DataLoader(rows, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=30)
+    assert [row["input_ids"] for row in loader] == here
 
 
 def test_truncation_in_the_tokenizers_file_cuts_no_document(tokenizer):
@@ -95,6 +114,12 @@ def test_cache_is_not_used_for_something_else(encoder, tmp_path, change):
 def test_tokenized_rows_are_concatenated_as_they_are():
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [5, 6, 7, 8]]})
     assert np.concatenate(list(token_arrays(rows, RowChecker(10)))).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_labels_of_rows_without_ids_are_skipped_with_them():
+    ids, labels = [[1, 2, 3], None, [4]], [[1, 2, 3], [9], [4]]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    assert np.concatenate(list(token_arrays(rows, RowChecker(10)))).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,36 @@ def test_heatmap_places_unevenly_spaced_steps_to_scale(log):
     np.testing.assert_allclose(mesh.get_array(), [[1, 1.1, 1.4, 2], [2, 2.1, 2.4, 3], [3, 3.1, 3.4, 4]])
 
 
+def test_colours_of_a_heatmap_span_what_it_shows_and_its_steps_those_of_the_run(log):
+    figure = plots.layer_heatmap(log)
+    shown = np.concatenate([axes.collections[0].get_array().ravel() for axes in figure.axes[:2]])
+    norm = figure.axes[0].collections[0].norm
+    assert (norm.vmin, norm.vmax) == pytest.approx((shown.min(), shown.max()))
+    assert norm.vmax == pytest.approx(4.5)  # experts of 4 and 5
+    assert figure.axes[0].get_xlim() == (0, 10)
+    assert "mean of experts" in figure.get_suptitle()
+    assert "mean of experts" not in plots.layer_heatmap(log[log["projection"] == "q_proj"]).get_suptitle()
+
+
+def test_spectra_of_layers_of_different_width_are_drawn_and_averaged_at_relative_places(log):
+    line = lambda start, count: list(np.linspace(start, 0, count + 1)[1:])  # start (1 - i / count)
+    widths = pd.Series([4, 8, 16])
+    rows = log[log["projection"] == "q_proj"].copy()
+    rows["singular_values"] = [line(layer + 1, widths[layer]) for layer in rows["layer"]]
+    *_, wide, dashed = plots.singular_spectrum(rows).axes[0].lines
+    places = np.arange(1, 17) / 16
+    np.testing.assert_allclose(wide.get_ydata(), 3 * (1 - places), atol=1e-12)
+    np.testing.assert_allclose(dashed.get_ydata()[3:], 2 * (1 - places[3:]), atol=1e-12)  # from the first of each on
+
+
+def test_matrices_without_a_module_are_drawn_under_the_name_of_their_parameter(log):
+    nameless = log.assign(
+        module=log["module"].where(log["layer"] > 0), projection=log["projection"].where(log["layer"] > 0)
+    )
+    figure = plots.spectral_norm_evolution(nameless)
+    assert set(titles(figure)) == {"q_proj", "up_proj (2 experts)", "layers.0.q_proj", "layers.0.up_proj (2 experts)"}
+
+
 def test_singular_spectrum_shows_the_last_step_and_the_first_dashed(log):
     lines = plots.singular_spectrum(log).axes[0].lines
     assert len(lines) == 4
@@ -171,14 +201,24 @@ def test_the_command_draws_the_newest_run_from_its_log_without_torch(run):
     assert figures == {f"{name}.png" for name in plots.FIGURES}
 
 
+def test_a_file_in_the_place_of_the_figures_is_one_line(run, tmp_path):
+    (tmp_path / "figures").touch()
+    for target in ("figures", "figures/below"):
+        result = track_manifold("--plot_only", "--run", str(run), "--output_dir", target, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.startswith(f"error: --output_dir {target}: ") and result.stderr.count("\n") == 1
+
+
 def test_missing_runs_and_logs_are_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         (["--plot_only"], "no spectral log under results/"),
         (["--plot_only", "--run", "nowhere"], "no run folder nowhere"),
         (["--plot_only", "--run", "empty"], "no spectral log in empty/spectral_log"),
+        (["--plot_onl"], "--plot_only"),
     ]:
         result = track_manifold(*arguments, cwd=tmp_path)
         assert result.returncode == 2
+        assert result.stderr.startswith("error: ")
         assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()

@@ -5,11 +5,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import RUN
 from safetensors.torch import load_file, save_file
 
 from blueberry import BlueberryTrainer
@@ -99,8 +101,9 @@ def test_a_run_can_be_given_more_steps_and_keeps_its_ratios(finished, run, scrip
 
 def test_a_finished_run_is_said_to_be_finished_and_left_alone(run, script, capsys):
     before = snapshot(run)
-    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
-    assert "is finished: checkpoint-32 of 32 steps" in capsys.readouterr().out
+    for length, asked in [([], 32), (["--train_tokens", 300], 2)]:
+        script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint", *length)
+        assert f"is finished: 32 steps taken, {asked} asked for; a larger" in capsys.readouterr().out
     assert snapshot(run) == before
 
 
@@ -160,6 +163,8 @@ CHANGES = {
     "optimizer": ["--optimizer", "adamw"],
     "rate": ["--muon_lr", 0.02],
     "seed": ["--seed", 1],
+    "schedule": ["--lr_scheduler_type", "linear"],
+    "warm-up": ["--warmup_steps", 0.5],
 }
 
 
@@ -170,6 +175,75 @@ def test_resuming_with_what_would_be_another_run_is_refused(change, run, script,
     message = refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint", *given)
     assert f"resuming cannot change that; leave {given[0]} out" in message
     assert snapshot(run) == before
+
+
+def test_another_number_of_windows_in_a_step_is_refused_but_may_be_shared_out_otherwise(finished, run, script, capsys):
+    (run / "eval_results.json").unlink()
+    before = snapshot(run)
+    given = ["--output_dir", run, "--resume_from_checkpoint", "--per_device_train_batch_size"]
+    message = refusal(script, capsys, *given, 4)
+    assert "--gradient_accumulation_steps x processes changed since the run was started (8, now 4)" in message
+    assert snapshot(run) == before
+    script("train_llm.py", *given, 4, "--gradient_accumulation_steps", 2)
+    assert (run / "eval_results.json").is_file()
+
+
+@pytest.fixture
+def of_a_file(small_corpus: Path, small_config: Path, run_script: Callable, tmp_path: Path) -> Path:
+    """The run of a text file and a config file that lie beside its folder, killed after its checkpoint."""
+    text = "\n\n".join(path.read_text() for path in sorted(small_corpus.glob("*.txt")))
+    (tmp_path / "text.txt").write_text(text)
+    shutil.copy(small_config, tmp_path / "model.json")
+    run_script("train_llm.py", "--dataset", tmp_path / "text.txt", "--config_name", tmp_path / "model.json",
+               "--validation_fraction", 0.2, *RUN, "--train_tokens", 512, "--output_dir",
+               tmp_path / "run")  # fmt: skip
+    (tmp_path / "run" / "eval_results.json").unlink()
+    return tmp_path / "run"
+
+
+def test_files_that_changed_under_their_names_make_another_run(of_a_file, script, capsys):
+    before = snapshot(of_a_file)
+    for name, change, what in [
+        ("text.txt", lambda text: text.replace("people", "pebbles"), "the training text"),
+        ("model.json", lambda text: text.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'), "the conf"),
+    ]:
+        path = of_a_file.parent / name
+        text = path.read_text()
+        assert change(text) != text
+        path.write_text(change(text))
+        message = refusal(script, capsys, "--output_dir", of_a_file, "--resume_from_checkpoint")
+        assert f"checkpoint-2: {what}" in message and "changed since the run was started; undo that" in message
+        assert snapshot(of_a_file) == before
+        path.write_text(text)
+    script("train_llm.py", "--output_dir", of_a_file, "--resume_from_checkpoint")
+    assert (of_a_file / "eval_results.json").is_file()
+
+
+def test_results_stay_until_a_run_that_is_given_more_steps_has_new_ones(run, script, monkeypatch):
+    """Stopped in between, it is not taken for finished."""
+    before = (run / "eval_results.json").read_text()
+    given = ["--output_dir", run, "--resume_from_checkpoint"]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(BlueberryTrainer, "save_model", mock.Mock(side_effect=RuntimeError("no space left")))
+        script("train_llm.py", *given, "--train_tokens", 10240, "--save_strategy", "no")
+    assert (run / "eval_results.json").read_text() == before
+    script("train_llm.py", *given)
+    assert state_of(run)["global_step"] == 40
+    assert (run / "eval_results.json").read_text() != before
+
+
+def test_what_is_no_checkpoint_is_answered_with_the_one_to_take(run, script, capsys):
+    for wrong, reason in [(run, "has no"), (run / "checkpoint-999", "does not exist")]:
+        message = refusal(script, capsys, "--resume_from_checkpoint", wrong)
+        assert reason in message and message.endswith(f"; the newest is {run / 'checkpoint-32'}")
+
+
+def test_a_run_without_a_checkpoint_can_only_be_replaced(run, arguments, script, capsys):
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    for extra in ([], ["--resume_from_checkpoint"]):
+        message = refusal(script, capsys, *arguments, "--output_dir", run, *extra)
+        assert "--overwrite_output_dir" in message and "continue it with" not in message
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_folder_as_it_was(run, script, capsys):
@@ -233,7 +307,9 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(finished, arguments, script, 
         patch.setattr(BlueberryTrainer, "training_step", interrupted_in_step_21)
         script("train_llm.py", *arguments, "--output_dir", tmp_path / "run")
     assert stop.value.code == 130
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err
+    assert "\ninterrupted" in error  # not behind a progress bar
+    message = error.strip().splitlines()[-1]
     assert re.fullmatch(r"interrupted at step 20; go on from \S+checkpoint-16 with --output_dir \S+run "
                         "--resume_from_checkpoint", message)  # fmt: skip
     script("train_llm.py", *message.partition(" with ")[2].split())

@@ -78,8 +78,14 @@ def test_only_the_head_of_the_text_is_read(cache, monkeypatch):
     assert len(train_tokenizer(endless(), 257, 64)) == 257
 
 
+def test_the_head_is_measured_in_bytes_and_cut_at_a_character():
+    assert tokenization._first_bytes(["ab", "ééé", "x"], 5) == ["ab", "é"]
+    assert tokenization._first_bytes(["ab", "ééé", "x"], 9) == ["ab", "ééé", "x"]
+
+
 def test_losing_the_race_keeps_the_winner_and_leaves_nothing(cache, bpe):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT)
+    cache.mkdir()
     tokenization._save_atomically(tokenizer, cache / "key")
     before = (cache / "key" / "tokenizer.json").stat().st_ino
     tokenization._save_atomically(tokenizer, cache / "key")

@@ -17,7 +17,8 @@ from conftest import ROOT, RUN
 from safetensors.torch import load_file
 
 from blueberry import BlueberryTrainer, BlueberryTrainingArguments
-from blueberry.training import run_folder
+from blueberry.errors import UsageError
+from blueberry.training import replacing, run_folder
 from blueberry.training.cpu import warn_about_slow_bf16
 from blueberry.training.data import DataArguments
 from blueberry.training.model import ModelArguments
@@ -111,6 +112,11 @@ def test_config_yaml_runs_the_same_again_and_the_command_line_wins(finished, scr
     assert config["muon_lr"] == 0.01 and config["train_tokens"] == 8192
     script("train_llm.py", "--config", finished / "config.yaml", "--output_dir", tmp_path / "again",
            "--track_manifold", "false")  # fmt: skip
+    other = BlueberryArgumentParser([ModelArguments, DataArguments, BlueberryTrainingArguments])
+    del config["track_manifold"], config["track_every_n_steps"], config["on_violation"]
+    run_folder.write_yaml(tmp_path / "config.yaml", config)
+    parsed = other.parse(["--config", str(tmp_path / "config.yaml"), "--optimizer", "adamw"])
+    assert parsed[2].optimizer == "adamw"  # --muon_lr of the file is not held against it
     ours, theirs = load_file(tmp_path / "again/model.safetensors"), load_file(finished / "model.safetensors")
     assert not (tmp_path / "again/spectral_log").exists()
     # the first run was made with one OpenMP thread: another order of sums is all that may differ
@@ -179,7 +185,67 @@ BAD_INPUT = {
         ["--dataloader_drop_last", "true", "--per_device_eval_batch_size", 9999],
         "windows are less than a batch of 9999",
     ),
-    "bad tracking cadence": (["--track_manifold", "true", "--track_every_n_steps", -1], "-1"),
+    "bad tracking cadence": (
+        ["--track_manifold", "true", "--track_every_n_steps", 0],
+        "--track_every_n_steps 0: must be",
+    ),
+    "bad tracking share": (
+        ["--track_manifold", "true", "--track_max_overhead", -1],
+        "--track_max_overhead -1.0: must",
+    ),
+    "cadence of nothing": (
+        ["--track_every_n_steps", 1],
+        "--track_every_n_steps 1 does nothing without --track_manifold",
+    ),
+    "unknown violation": (["--on_violation", "explode"], "--on_violation explode is unknown: use one of warn"),
+    "violation of nothing": (["--on_violation", "stop"], "--on_violation stop does nothing with --optimizer muon"),
+    "rate of another optimizer": (["--optimizer", "adamw", "--muon_lr", 0.5], "--muon_lr 0.5 does nothing with --opt"),
+    "sphere without manifold": (["--hypersphere_lr", 3], "--hypersphere_lr 3.0 does nothing with --optimizer muon"),
+    "sphere of attention": (
+        ["--optimizer", "manifold", "--manifold_attention_only", "true", "--hypersphere_lr", 3],
+        "--hypersphere_lr 3.0 does nothing with --manifold_attention_only true",
+    ),
+    "learning_rate that equals a default": (["--learning_rate", 0.008], "use --muon_lr .* and --adamw_lr"),
+    "two rates of one": (
+        ["--optimizer", "adamw", "--learning_rate", 0.001, "--adamw_lr", 0.005],
+        "--learning_rate 0.001 and --adamw_lr 0.005 set the same",
+    ),
+    "smoothed labels": (["--label_smoothing_factor", 0.1], "--label_smoothing_factor 0.1: must be 0: .*router losses"),
+    "loss alone": (["--prediction_loss_only", "true"], "--prediction_loss_only true leaves accuracy, perplexity"),
+    "no tokens counted": (["--include_num_input_tokens_seen", "no"], "--include_num_input_tokens_seen no leaves the"),
+    "lists of batches": (["--eval_do_concat_batches", "false"], "--eval_do_concat_batches false gives the metrics"),
+    "means of batches": (["--batch_eval_metrics", "true"], "--batch_eval_metrics true asks for means of batches"),
+    "below a file": (["--output_dir", __file__ + "/run"], "test_train_script.py is a file; name a folder"),
+    "a file": (["--output_dir", __file__], "test_train_script.py is a file; name a folder"),
+    "where none can be": (["--output_dir", "/proc/run"], "--output_dir /proc/run: No such file"),
+    "schedule": (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type cosin is unknown: use one of linear, cosine"),
+    "strategy": (["--eval_strategy", "often"], "--eval_strategy often is unknown: use one of no, steps"),
+    "a list": (["--lr_scheduler_kwargs", "[1]"], "--lr_scheduler_kwargs .1. names no setting"),
+    "short for a rate": (["--lr", 0.1], "unknown argument --lr: did you mean --muon_lr or --adamw_lr?"),
+    "short for another rate": (
+        ["--learning", 0.1],
+        "unknown argument --learning: did you mean --muon_lr or --adamw_lr?",
+    ),
+    "end of another": (
+        ["--batch_size", 4],
+        "unknown argument --batch_size: did you mean --per_device_train_batch_size?",
+    ),
+    "missing path of a config": (["--config_name", "/nowhere/c.json"], "/nowhere/c.json: no such file or folder"),
+    "DeepSpeed": (["--deepspeed", "ds.json"], "--deepspeed is not supported .*FSDP2"),
+    "folder made too soon": (["--use_liger_kernel", "true"], "liger-kernel >= 0.3.0 is not available"),
+    "batches that are never full": (
+        [
+            "--dataloader_drop_last",
+            "true",
+            "--train_tokens",
+            9,
+            "--per_device_train_batch_size",
+            9999,
+            "--per_device_eval_batch_size",
+            1,
+        ],
+        "training windows are less than a batch of 9999",
+    ),
 }
 
 
@@ -196,6 +262,20 @@ def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(case, script, sma
     assert not (tmp_path / "run").exists()
 
 
+def test_a_list_where_one_value_belongs_is_one_line(script, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("preset: [tiny, blueberry-moe]")
+    with pytest.raises(SystemExit) as stop:
+        script("train_llm.py", "--config", tmp_path / "bad.yaml")
+    assert stop.value.code == 2
+    assert "preset is ['tiny', 'blueberry-moe'], but takes a single value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../esc/x", "/tmp/x", ".."])
+def test_the_name_of_a_run_cannot_lead_out_of_the_results(name):
+    with pytest.raises(UsageError, match="names no folder in results/"):
+        BlueberryTrainingArguments(use_cpu=True, run_name=name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,12 +288,24 @@ def test_bad_input_is_one_line_with_the_remedy_and_exit_code_2(case, script, sma
         ({"model_type": "vit"}, "'vit' has no causal language model"),
     ],
 )
-def test_a_bad_model_config_is_named(change, message, script, small_config, small_corpus, tmp_path, capsys):
+def test_a_bad_model_config_is_named_before_the_data_is_looked_at(
+    change, message, script, small_config, tmp_path, capsys
+):
     bad = tmp_path / "config.json"
     bad.write_text(json.dumps(json.loads(small_config.read_text()) | change))
     with pytest.raises(SystemExit):
-        script("train_llm.py", "--dataset", small_corpus, "--config_name", bad, "--output_dir", tmp_path / "run")
+        script("train_llm.py", "--dataset", "nowhere.txt", "--config_name", bad, "--output_dir", tmp_path / "run")
     assert message in capsys.readouterr().err
+
+
+def test_a_cache_that_the_first_evaluation_could_not_write_is_named_before_training(
+    arguments, script, small_config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("datasets.config.HF_MODULES_CACHE", small_config / "modules")
+    with pytest.raises(SystemExit):
+        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run")
+    assert "cannot be written (Not a directory): set HF_HOME" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_touched_without_being_told(finished, arguments, script, capsys):
@@ -228,10 +320,12 @@ def test_overwriting_replaces_the_run_but_keeps_what_no_run_writes(arguments, sc
     folder = tmp_path / "run"
     short = [*arguments, "--train_tokens", 512, "--output_dir", folder]
     script("train_llm.py", *short)
-    (folder / "notes.txt").write_text("mine")
+    mine = ["notes.txt", "README.md", "tokenizer_notes.txt", "modeling_blueberry.py", "my_results.json"]
+    for name in mine:
+        (folder / name).write_text("mine")
     (folder / "checkpoint-2" / "old").write_text("old")
     script("train_llm.py", *short, "--overwrite_output_dir")
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert all((folder / name).read_text() == "mine" for name in mine)
     assert (folder / "checkpoint-2").is_dir() and not (folder / "checkpoint-2" / "old").exists()
 
 
@@ -313,6 +407,101 @@ def test_the_run_to_be_replaced_is_kept_until_the_new_one_has_taken_a_step(
     assert contents(tmp_path)["model.safetensors"] != before["model.safetensors"]
 
 
+class Killed(BaseException):
+    """Stands for kill -9: nothing is undone."""
+
+
+@pytest.mark.parametrize("when", ["after one file", "before the config", "after all files", "while it is deleted"])
+def test_a_run_that_is_being_replaced_survives_a_kill_at_any_time(
+    when, arguments, script, tmp_path, monkeypatch, capsys
+):
+    given = [*arguments, "--train_tokens", 512, "--output_dir", tmp_path]
+    script("train_llm.py", *given)
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_folder.RunFolderCallback, "undo", lambda *_: None)
+        patch.setattr(run_folder, "write_json", mock.Mock(side_effect=Killed))
+        renames, rename = [], Path.rename
+        stop = {"after one file": 2, "before the config": len(replacing._contents(tmp_path))}.get(when)
+
+        def killing(path: Path, target: Path) -> Path:
+            renames.append(path.name)
+            if len(renames) == stop:
+                raise Killed
+            return rename(path, target)
+
+        patch.setattr(Path, "rename", killing)
+        script("train_llm.py", *given, "--overwrite_output_dir")
+    if when == "while it is deleted":  # the new run has taken its step: its folder stays, and the rest goes
+        (tmp_path / ".replaced").rename(tmp_path / ".discarded")
+        (tmp_path / "config.yaml").write_text("train_tokens: 512")
+        script("train_llm.py", *given, "--overwrite_output_dir")
+        assert not (tmp_path / ".discarded").exists()
+        return
+    with pytest.raises(SystemExit):
+        script("train_llm.py", *given)
+    assert "a start was killed while it replaced the run there, which is back now" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_of_two_runs_started_together_the_second_gets_no_folder(arguments, script, tmp_path, monkeypatch, capsys):
+    """The second starts while the first takes its first step, and passed the look at the folder before."""
+    given = [*arguments, "--train_tokens", 512, "--output_dir", tmp_path / "run"]
+    step, outcomes = BlueberryTrainer.training_step, []
+
+    def start_another(trainer: BlueberryTrainer, *inputs: object) -> torch.Tensor:
+        if not outcomes:
+            outcomes.append(None)
+            with mock.patch.object(run_folder, "check_run_folder"), pytest.raises(SystemExit) as stop:
+                script("train_llm.py", *given, "--seed", 7)
+            outcomes.append(stop.value.code)
+        return step(trainer, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlueberryTrainer, "training_step", start_another)
+        script("train_llm.py", *given)
+    assert outcomes == [None, 2]
+    assert "another run is writing into it" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 42
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_run_that_came_and_went_while_another_prepared_is_not_overwritten(arguments, script, tmp_path, capsys):
+    given = [*arguments, "--train_tokens", 512, "--output_dir", tmp_path]
+    script("train_llm.py", *given)
+    before = contents(tmp_path)
+    with mock.patch.object(run_folder, "check_run_folder"), pytest.raises(SystemExit):
+        script("train_llm.py", *given, "--seed", 7)
+    assert "already holds a run" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_lock_file_of_a_killed_run_stands_in_nobodys_way(arguments, script, tmp_path):
+    (tmp_path / ".lock").touch()
+    script("train_llm.py", *arguments, "--train_tokens", 512, "--output_dir", tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("extra", [[], ["--dataloader_drop_last", "true"]])
+def test_windows_that_fill_no_batch_still_make_up_the_tokens_asked_for(extra, arguments, script, tmp_path):
+    script("train_llm.py", *arguments, "--per_device_train_batch_size", 250, "--gradient_accumulation_steps", 1,
+           "--train_tokens", 30_000, "--output_dir", tmp_path, *extra)  # fmt: skip
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    step = 250 * 32
+    assert 30_000 <= state["num_input_tokens_seen"] < 30_000 + step
+
+
+def test_everybody_may_read_the_weights_who_may_read_the_rest(finished):
+    for folder in (finished, finished / "checkpoint-32"):
+        modes = {(folder / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+        assert len(modes) == 1
+
+
+def test_without_tensorboard_the_summary_names_no_log(arguments, script, tmp_path, capsys):
+    script("train_llm.py", *arguments, "--train_tokens", 256, "--report_to", "none", "--output_dir", tmp_path)
+    assert "TensorBoard" not in capsys.readouterr().out
+
+
 def test_the_length_on_the_command_line_replaces_that_of_the_config_file(arguments, script, tmp_path):
     file = {"train_tokens": 8192, "per_device_train_batch_size": 8, "preset": "blueberry-88m"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(file))
@@ -326,6 +515,7 @@ def test_the_config_file_names_every_argument_that_another_version_may_default_o
     config = yaml.safe_load((finished / "config.yaml").read_text())
     fields = [f for group in (DataArguments, BlueberryTrainingArguments) for f in dataclasses.fields(group)]
     defaults = {f.name for f in fields if f.default not in (None, "", dataclasses.MISSING)}
+    assert type(config["eval_delay"]) is float  # as it is read back
     assert (
         defaults - config.keys() - run_folder._LEFT_OUT == {"max_steps", "use_cpu"} - config.keys()
     )  # train_tokens, the machine
@@ -364,7 +554,10 @@ GENERATE = {
     "no prompt": (["--prompt", " "], "--prompt is empty"),
     "no tokens": (["--max_new_tokens", 0], "--max_new_tokens 0 writes nothing"),
     "negative seed": (["--seed", -1], "--seed -1: must be at least 0"),
-    "no model": (["--model", "someone/nothing"], "--model someone/nothing: "),
+    "no model": (["--model", "results/nope"], "--model results/nope: no such folder, and the Hub did not give it"),
+    "no folder": (["--model", "./nope"], "--model ./nope: no such folder; check the path"),
+    "too many tokens": (["--max_new_tokens", 99], "--max_new_tokens 99: after a prompt of"),
+    "long prompt": (["--prompt", "word " * 40], "tokens, the model 32 positions: give a shorter"),
 }
 
 
@@ -374,7 +567,12 @@ def test_what_cannot_be_generated_is_one_line(case, finished, script, capsys):
     with pytest.raises(SystemExit) as stop:
         script("generate.py", "--model", finished, *given)
     error = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+    assert stop.value.code == 2 and len(error) == 1 and re.search(message, error[0])
+
+
+def test_a_model_of_few_positions_writes_what_it_has_room_for(finished, script, capsys):
+    script("generate.py", "--model", finished)
+    assert capsys.readouterr().out.startswith("My fellow citizens,")
 
 
 def test_a_model_without_a_tokenizer_is_one_line(finished, script, tmp_path, capsys):
@@ -384,3 +582,19 @@ def test_a_model_without_a_tokenizer_is_one_line(finished, script, tmp_path, cap
         script("generate.py", "--model", tmp_path)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1 and "has no tokenizer" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["spectral", "--repeat", 3], "unrecognized arguments: --repeat 3"),
+        (["model_zoo"], "invalid choice: 'model_zoo'"),
+        (["spectral", "--repeats", 0], "--repeats 0 measures nothing"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(given, message, script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    with pytest.raises(SystemExit) as stop:
+        script("benchmark.py", *given)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1

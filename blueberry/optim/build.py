@@ -1,5 +1,6 @@
 """`build_optimizer`: from a model to its hybrid optimizer."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,6 @@ def _without_muon(assignment: Assignment) -> Assignment:
 def _check_muon(groups: list[dict[str, Any]], values: dict[str, Any]) -> None:
     if not groups:
         raise UsageError("no parameter is a hidden matrix, so Muon would do nothing: add rules or use optimizer=adamw")
-    known = set(Muon.__init__.__code__.co_varnames) | {"muon_lr"}
+    known = inspect.signature(Muon).parameters.keys() - {"params", "lr"} | {"muon_lr"}
     if unknown := sorted(set(values) - known):
         raise UsageError(f"setting {unknown[0]!r} is unknown: neither Muon nor AdamW takes it")

@@ -63,17 +63,21 @@ def update_energy_in_top_k(log: pd.DataFrame) -> Figure:
 
 
 def layer_heatmap(log: pd.DataFrame, metric: str = "spectral_norm") -> Figure:
-    """Layer x step map of one metric, all projections on one colour scale."""
+    """Layer x step map of one metric, of experts their mean, all projections on one colour scale."""
     log = _with(log, metric)
-    norm = Normalize(log[metric].min(), log[metric].max())
+    shown = log.groupby(["module", "projection", "layer", "step"])[metric].mean()
+    norm = Normalize(shown.min(), shown.max())
     label = metric.replace("_", " ")
-    figure, panels = _panels(log, f"{label.capitalize()} by layer and step")
+    of_experts = " (mean of experts)" if log["expert"].nunique() > 1 else ""
+    figure, panels = _panels(log, f"{label.capitalize()} by layer and step{of_experts}")
     for axes, rows in panels:
         table = rows.pivot_table(index="layer", columns="step", values=metric, aggfunc="mean")
         steps, layers = np.asarray(table.columns, float), np.asarray(table.index, float)
         axes.pcolormesh(
             _edges(steps), _edges(layers), table.to_numpy(float), cmap="viridis", norm=norm, rasterized=True
         )
+        if len(steps) > 1:
+            axes.set_xlim(steps[0], steps[-1])  # cells reach half a step further than the run
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         _count_steps(axes.xaxis)
         axes.grid(False)
@@ -170,10 +174,12 @@ def _evolution(log: pd.DataFrame, metric: str, title: str, ylabel: str) -> Figur
 
 
 def _with(log: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows that have the metric, with layer -1 for matrices outside numbered layers."""
+    """The rows that have the metric: layer -1 outside numbered layers, what has no module named by its parameter."""
     rows = log[log[metric].notna()] if metric in log else log[:0]
     if rows.empty:
         raise NothingToDraw(f"the spectral log has no values of {metric}")
+    projection = rows["projection"].fillna(rows["parameter"])
+    rows = rows.assign(projection=projection, module=rows["module"].fillna(projection))
     return rows.assign(layer=rows["layer"].fillna(-1).astype(int), step=rows["step"].astype(int))
 
 
@@ -231,9 +237,14 @@ def _chance_line(axes: Axes, level: float) -> None:
 
 
 def _spectrum_line(axes: Axes, rows: pd.DataFrame, **style: object) -> None:
-    """Mean spectrum of matrices of one shape, over i / r in (0, 1]."""
-    spectrum = np.stack(list(rows["singular_values"])).mean(0)
-    axes.plot(np.arange(1, len(spectrum) + 1) / len(spectrum), spectrum, **style)
+    """Mean spectrum over i / r in (0, 1]; where layers differ in width, interpolated at the places of the widest."""
+    places = _places(max(map(len, rows["singular_values"])))
+    spectra = [np.interp(places, _places(len(spectrum)), spectrum) for spectrum in rows["singular_values"]]
+    axes.plot(places, np.mean(spectra, axis=0), **style)
+
+
+def _places(count: int) -> np.ndarray:
+    return np.arange(1, count + 1) / count
 
 
 def _subspace_dimension(rows: pd.DataFrame) -> int:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import get_token
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..errors import UsageError
@@ -25,13 +26,25 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("muon_lr adamw_lr hypersphere_lr learning_rate weight_decay max_grad_norm warmup_steps "
      "dataloader_num_workers eval_delay neftune_noise_alpha",
      lambda value: 0 <= value < inf, "a finite number of at least 0"),
-    ("muon_momentum adam_beta1 adam_beta2 label_smoothing_factor", lambda value: 0 <= value < 1,
-     "at least 0 and below 1"),
+    ("muon_momentum adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("label_smoothing_factor", lambda value: value == 0,
+     "0: Trainer would take the labels from the model, and with them its router losses; leave it out"),
     ("adam_epsilon num_train_epochs logging_steps eval_steps save_steps", lambda value: 0 < value < inf,
      "a finite number above 0"),
     ("seed data_seed", lambda value: 0 <= value < 2**32, "at least 0 and below 2**32"),
     ("max_steps", lambda value: value == -1 or value >= 1, "at least 1 (or -1: not set)"),
 )  # fmt: skip
+_CHOICES = {
+    "lr_scheduler_type": SchedulerType,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
+}
+# The optimizers that take a setting.
+TAKEN_BY = dict.fromkeys(("muon_lr", "muon_momentum", "scale_mode"), ("muon", "manifold")) | dict.fromkeys(
+    ("manifold_preset", "manifold_attention_only", "manifold_modular_lr", "hypersphere_lr"), ("manifold",)
+)
 _ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
@@ -106,6 +119,7 @@ class BlueberryTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Windows per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Windows per device in evaluation."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between logs, or a share of all steps."})
+    eval_delay: float = field(default=0.0, metadata={"help": "Steps or epochs before the first evaluation."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     include_num_input_tokens_seen: str | bool = field(default=True, metadata={"help": "Count the tokens seen."})
     eval_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch."})
@@ -118,10 +132,12 @@ class BlueberryTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self._check_optimizer()
         self._check_numbers()
+        self._check_choices()
         self._check_scheduler_settings()
         self._map_learning_rate()
         self._check_budget()
         if self.output_dir is None:
+            self._check_run_name()
             self.output_dir = default_output_dir(self.run_name, self.optimizer)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # TrainingArguments would refuse bf16
         super().__post_init__()
@@ -130,19 +146,38 @@ class BlueberryTrainingArguments(TrainingArguments):
         self._check_processes()
         self._check_services()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        if self.optim not in _ADAMW_NAMES:
-            raise UsageError(f"--optim {self.optim.value} has no effect here: use --optimizer muon, adamw or manifold")
 
     def _check_optimizer(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"--optimizer {self.optimizer} is unknown: use one of {', '.join(OPTIMIZERS)}")
         if self.scale_mode not in SCALE_MODES:
             raise UsageError(f"--scale_mode {self.scale_mode} is unknown: use one of {', '.join(SCALE_MODES)}")
+        if self.optim not in _ADAMW_NAMES:
+            raise UsageError(f"--optim {self.optim} has no effect here: use --optimizer muon, adamw or manifold")
         for name in ("optim_args", "optim_target_modules"):
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name} {getattr(self, name)} has no effect on the hybrid optimizer: remove it")
         if self.manifold_preset not in PRESETS:
             raise UsageError(f"--manifold_preset {self.manifold_preset} is unknown: use one of {', '.join(PRESETS)}")
+        if self.deepspeed is not None:
+            raise UsageError("--deepspeed is not supported (Muon needs whole matrices, which its ZeRO cuts up): shard "
+                             "with FSDP2, `accelerate launch --use_fsdp --fsdp_version 2`")  # fmt: skip
+        self._check_taken()
+
+    def _check_taken(self) -> None:
+        """Settings of another optimizer would silently do nothing."""
+        for name, optimizers in TAKEN_BY.items():
+            value = getattr(self, name)
+            if value != self.__dataclass_fields__[name].default and self.optimizer not in optimizers:
+                raise UsageError(
+                    f"--{name} {value} does nothing with --optimizer {self.optimizer}, only with "
+                    f"{' or '.join(optimizers)}: leave one of them out"
+                )
+        if self.manifold_attention_only and self.hypersphere_lr is not None:
+            raise UsageError(
+                f"--hypersphere_lr {self.hypersphere_lr} does nothing with --manifold_attention_only true: leave one "
+                "of them out"
+            )
 
     def _check_numbers(self) -> None:
         """Values that would fail, or silently do nothing, only once data and model are there."""
@@ -152,15 +187,27 @@ class BlueberryTrainingArguments(TrainingArguments):
                 if value is not None and not is_good(value):
                     raise UsageError(f"--{name} {value}: must be {rule}")
 
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in list(choices):
+                raise UsageError(f"--{name} {getattr(self, name)} is unknown: use one of {', '.join(choices)}")
+
     def _check_scheduler_settings(self) -> None:
-        if isinstance(self.lr_scheduler_kwargs, str):
+        text = self.lr_scheduler_kwargs
+        if isinstance(text, str):
             try:
-                json.loads(self.lr_scheduler_kwargs)
+                values = json.loads(text)
             except ValueError as error:
-                text = self.lr_scheduler_kwargs
                 raise UsageError(
                     f'--lr_scheduler_kwargs {text} is no JSON ({error}): write {{"min_lr": 0.001}}'
                 ) from error
+            if not isinstance(values, dict):
+                raise UsageError(f'--lr_scheduler_kwargs {text} names no setting: write {{"min_lr": 0.001}}')
+
+    def _check_run_name(self) -> None:
+        """The folder under results/ that it names must lie there."""
+        if self.run_name and (self.run_name in (".", "..") or os.path.basename(self.run_name) != self.run_name):
+            raise UsageError(f"--run_name {self.run_name} names no folder in results/: use --output_dir for a path")
 
     def _check_services(self) -> None:
         """Trackers that are not installed, and a Hub that would refuse the first push."""
@@ -175,11 +222,15 @@ class BlueberryTrainingArguments(TrainingArguments):
             raise UsageError("--push_to_hub true needs the Hub, which cannot be reached: leave it out, push later")
 
     def _map_learning_rate(self) -> None:
-        if self.learning_rate is not None and self.learning_rate != self.adamw_lr:
+        if self.learning_rate is not None:
             if self.optimizer != "adamw":
                 raise UsageError(
                     f"--learning_rate {self.learning_rate} is ambiguous for the hybrid optimizer: "
                     "use --muon_lr (matrices, experts) and --adamw_lr (the rest)"
+                )
+            if self.adamw_lr not in (self.learning_rate, self.__dataclass_fields__["adamw_lr"].default):
+                raise UsageError(
+                    f"--learning_rate {self.learning_rate} and --adamw_lr {self.adamw_lr} set the same: give one"
                 )
             self.adamw_lr = self.learning_rate
         self.learning_rate = self.adamw_lr

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blueberry.errors import UsageError
+from blueberry.training.cache import cache_folder
 from blueberry.training.packing import (
     Encoder,
     RowChecker,
@@ -21,7 +22,7 @@ from blueberry.training.packing import (
 )
 from blueberry.training.reading import Corpus, read_corpus
 from blueberry.training.splitting import Split, split_corpus
-from blueberry.training.tokenization import cache_folder, check_vocabulary, load_tokenizer, train_tokenizer
+from blueberry.training.tokenization import check_vocabulary, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -92,6 +93,7 @@ class PreparedData:
         validation_documents: validation documents.
         name: the dataset, for cards and logs.
         split_rule: how validation was chosen, in words.
+        content: hash of the training documents in order; None for a stream.
     """
 
     train: Dataset | IterableDataset
@@ -106,6 +108,7 @@ class PreparedData:
     validation_documents: int
     name: str
     split_rule: str
+    content: str | None = None
 
     @property
     def description(self) -> str:
@@ -113,12 +116,16 @@ class PreparedData:
         train = (
             "a stream"
             if self.train_tokens is None
-            else f"{self.train_tokens:,} tokens of {self.documents:,} documents"
+            else f"{self.train_tokens:,} tokens of {_documents(self.documents)}"
         )
         return (
             f"{self.name}: training on {train}, validation on {self.validation_tokens:,} tokens of "
-            f"{self.validation_documents:,} documents ({self.split_rule}), windows of {self.max_length} tokens"
+            f"{_documents(self.validation_documents)} ({self.split_rule}), windows of {self.max_length} tokens"
         )
+
+
+def _documents(count: int) -> str:
+    return "1 document" if count == 1 else f"{count:,} documents"
 
 
 def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int | None) -> PreparedData:
@@ -159,6 +166,7 @@ def prepare_data(args: DataArguments, *, vocab_size: int, max_positions: int | N
         validation_documents=len(split.validation),
         name=corpus.name,
         split_rule=split.rule,
+        content=split.content,
     )
 
 
@@ -200,7 +208,7 @@ def _pack_train(split: Split, encoder: Encoder, max_length: int) -> Dataset | It
     """Training windows; at least one."""
     if split.content is None:
         return pack_stream(split.train, encoder, max_length)
-    return pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder() / "windows"))
+    return pack_to_disk(split.train, split.content, encoder, max_length, str(cache_folder("windows")))
 
 
 def _pack_validation(split: Split, encoder: Encoder, max_length: int, limit: int) -> tuple[np.ndarray, np.ndarray]:

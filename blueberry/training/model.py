@@ -1,6 +1,7 @@
 """From `--preset` or `--config_name` to a new model."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..configuration_blueberry import PRESETS, BlueberryConfig
 from ..errors import UsageError
 from .hub_access import hub_or_cache
+from .reading import is_local_path
 
 
 @dataclass
@@ -40,6 +42,8 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
             return BlueberryConfig.from_preset(args.preset, **overrides)
         _check_keys(Path(args.config_name))
         if not Path(args.config_name).exists():
+            if is_local_path(args.config_name):
+                raise UsageError(f"--config_name {args.config_name}: no such file or folder; check the path")
             hub_or_cache()
         config = AutoConfig.from_pretrained(args.config_name, **overrides)
     except UsageError:
@@ -75,29 +79,32 @@ def _check_keys(path: Path) -> None:
             raise UsageError(f"--config_name {path} has unknown key {unknown[0]!r}: BlueberryConfig lists the fields")
 
 
-def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal language model with fresh weights (set the seed before).
+def check_model(config: PreTrainedConfig) -> None:
+    """Refuse, before any data is read, models without a causal head and those that see the tokens they are to predict.
 
-    Raises UsageError for models without a causal head, and for those that see the tokens they are to predict.
+    Whether a model of transformers sees them shows only when it runs: one is built for that, and thrown away.
     """
+    if config.model_type != BlueberryConfig.model_type:
+        config = deepcopy(config)
+        config.pad_token_id = 0  # the tokenizer's is not known yet; the config's may lie beyond --vocab_size
+        _check_causal(build_model(config))
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model with fresh weights (set the seed before); UsageError where there is no causal head."""
     try:
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UsageError(f"model_type {config.model_type!r} has no causal language model: name another") from error
-    if config.model_type != BlueberryConfig.model_type:
-        _check_causal(model)
-    return model
 
 
 @torch.no_grad()
 def _check_causal(model: PreTrainedModel) -> None:
     """An encoder (BERT without `is_decoder`) would read its targets and reach a loss of zero that means nothing."""
-    was_training = model.training
     model.eval()
-    ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
+    ids = torch.arange(1, 9).remainder(model.config.get_text_config().vocab_size)[None].to(model.device)
     other = ids.clone()
     other[0, -1] = 1
     before, after = (model(input_ids=x).logits[0, :-1] for x in (ids, other))
-    model.train(was_training)
     if not torch.allclose(before, after, atol=1e-4):
         raise UsageError(f"{type(model).__name__} sees later tokens: set is_decoder in its config, or name another")

@@ -6,9 +6,10 @@ One generator serves the map-style path (cached on disk, memory-mapped) and the 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +19,11 @@ from blueberry.training.reading import documents_in_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 BATCH_SIZE = 2_000_000
-RECIPE = "windows-1"  # part of the cache key: raise it when packing changes its result
+RECIPE = "windows-2"  # part of the cache key: raise it when packing changes its result
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class TextEncoder:
     """Text -> token ids, each document followed by `eos_token_id`.
 
     Attributes:
-        backend: a `tokenizers.Tokenizer` without truncation and padding (it runs on all cores).
+        backend: a `tokenizers.Tokenizer` without truncation and padding.
         eos_token_id: set after every document.
+        process: id of the one that has the backend's threads.
     """
 
     backend: Tokenizer
     eos_token_id: int
     column: str = "text"
+    process: int = field(default_factory=os.getpid)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
@@ -53,9 +56,16 @@ class TextEncoder:
         texts = [text for text in batch["text"] if text and text.strip()]
         end = np.array([self.eos_token_id], dtype=np.int32)
         parts = []
-        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
+        for encoding in self._encode(texts):
             parts += [np.array(encoding.ids, dtype=np.int32), end]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def _encode(self, texts: list[str]) -> list[Encoding]:
+        """On all cores; in another process, as a data loader's worker is, on one: threads do not follow a fork."""
+        self.backend.encode_special_tokens = True  # `<|endoftext|>` written in a text is text (lost when pickled)
+        if os.getpid() == self.process:
+            return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [self.backend.encode(text, add_special_tokens=False) for text in texts]
 
     def key(self) -> str:
         """Changes whenever the ids can change."""
@@ -77,18 +87,20 @@ class RowChecker:
 
     def __call__(self, batch: dict) -> np.ndarray:
         """Rows of a batch -> (tokens,) int32; UsageError for ids, lengths or labels that this trainer cannot use."""
-        rows = [np.asarray(row, dtype=np.int64) for row in batch["input_ids"] if row is not None]
-        for row in rows:
+        rows = []
+        for row, labels in zip(batch["input_ids"], batch.get("labels", batch["input_ids"]), strict=True):
+            if row is None or len(row) == 0:
+                continue
             self._check_row(row)
-        for row, labels in zip(rows, batch.get("labels", ()), strict=False):
             if not np.array_equal(row, labels):
                 raise UsageError(
                     "labels differ from input_ids (masked tokens?); this trainer trains on every token, drop `labels`"
                 )
-        return np.concatenate(rows).astype(np.int32) if rows else np.empty(0, dtype=np.int32)
+            rows.append(row.astype(np.int32))
+        return np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
 
     def _check_row(self, row: np.ndarray) -> None:
-        if row.size and not 0 <= row.min() <= row.max() < self.vocab_size:
+        if not 0 <= row.min() <= row.max() < self.vocab_size:
             worst = row.min() if row.min() < 0 else row.max()
             raise UsageError(
                 f"token id {worst} is outside the model's vocabulary of {self.vocab_size}; raise --vocab_size to "

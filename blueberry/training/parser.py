@@ -5,13 +5,15 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser
 
 from ..errors import UsageError
+from .arguments import TAKEN_BY
+from .replacing import CONFIG
 from .resuming import NEWEST, run_to_continue
-from .run_folder import CONFIG, read_yaml
+from .run_folder import read_yaml
 
 # Arguments of which one says what the others would: given on one level, it replaces them on the levels below.
 _ALTERNATIVES = (
@@ -19,6 +21,11 @@ _ALTERNATIVES = (
     {"preset", "config_name"},
     {"learning_rate", "adamw_lr"},
 )
+# Arguments that count with certain values of another only: where that is given another one, they go from the levels
+# below, so that `--config FILE --optimizer adamw` is not refused for the file's --muon_lr.
+_ONLY_WITH = {name: ("optimizer", optimizers) for name, optimizers in TAKEN_BY.items()} | {
+    name: ("track_manifold", (True,)) for name in ("track_every_n_steps", "track_max_overhead")
+}
 
 
 class BlueberryArgumentParser(HfArgumentParser):
@@ -29,7 +36,9 @@ class BlueberryArgumentParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
-        super().__init__(list(dataclass_types), allow_abbrev=False, **kwargs)
+        groups = list(dataclass_types)
+        self._hints = {name: str(hint) for group in groups for name, hint in get_type_hints(group).items()}
+        super().__init__(groups, allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML file of arguments; the command line wins over it.")
         resume = self._option_string_actions.get("--resume_from_checkpoint")
         if resume is not None:
@@ -79,19 +88,27 @@ class BlueberryArgumentParser(HfArgumentParser):
         """Arguments from a YAML file."""
         values = read_yaml(path)
         known = {action.dest for action in self._actions} - {"config", "help"}
-        for key in values:
+        for key, value in values.items():
             if key not in known:
                 raise UsageError(f"--config {path} has unknown key {key!r}{self._suggestion(f'--{key}')}")
+            if isinstance(value, list | dict) and type(value).__name__ not in self._hints[key]:
+                raise UsageError(f"--config {path}: {key} is {value}, but takes a single value")
         return values
 
     def _suggestion(self, argument: str) -> str:
-        name = argument.split("=")[0]
-        longer = [option for option in self._option_string_actions if len(name) > 3 and option.startswith(name)]
-        close = longer or difflib.get_close_matches(name, self._option_string_actions, n=1)
+        """The option that begins or ends as the argument does, else the one that looks most like it."""
+        name, options = argument.split("=")[0], list(self._option_string_actions)
+        if name == "--lr" or name.startswith("--learning"):
+            return ": did you mean --muon_lr or --adamw_lr?"
+        end = "_" + name.lstrip("-")
+        close = [option for option in options if len(name) > 3 and option.startswith(name)]
+        close += [option for option in options if option.endswith(end)]
+        close = close or difflib.get_close_matches(name, options, n=1)
         return f": did you mean {close[0]}?" if close else ": see --help"
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`below` with `above` laid over it, which also covers the alternatives of its names."""
     covered = {name for group in _ALTERNATIVES if group & above.keys() for name in group}
+    covered |= {name for name, (other, values) in _ONLY_WITH.items() if above.get(other, values[0]) not in values}
     return {name: value for name, value in below.items() if name not in covered} | dict(above)

@@ -1,16 +1,21 @@
 """Going on with a run: from which checkpoint, with which arguments, and whether anything is left to do."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ..errors import UsageError
 from .arguments import BlueberryTrainingArguments, default_output_dir
-from .checkpoints import checkpoints_of, flaw, step_of
-from .data import DataArguments
+from .checkpoints import STATE, checkpoints_of, flaw, step_of
+from .data import DataArguments, PreparedData
 from .model import ModelArguments
-from .run_folder import CONFIG, EVAL_RESULTS, read_yaml
+from .replacing import CONFIG, EVAL_RESULTS, IDENTITY
+from .run_folder import read_yaml
 from .trainer import BlueberryTrainer
 
 NEWEST = "last"  # value of `--resume_from_checkpoint` alone
@@ -20,7 +25,15 @@ _FIXED = (
     "optimizer", "muon_lr", "adamw_lr", "muon_momentum", "scale_mode", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "max_grad_norm", "seed", "data_seed",
     "manifold_preset", "manifold_attention_only", "manifold_modular_lr", "hypersphere_lr",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "dataloader_drop_last",
 )  # fmt: skip
+# What arguments do not tell by themselves, in words.
+_IDENTITY = {
+    "windows_per_step": "--per_device_train_batch_size x --gradient_accumulation_steps x processes",
+    "model": "the configuration of the model",
+    "training_text": "the training text",
+    "tokenizer": "the tokenizer",
+}
 
 
 def run_to_continue(settings: Mapping[str, Any]) -> Path | None:
@@ -50,10 +63,13 @@ def find_checkpoint(args: BlueberryTrainingArguments) -> Path | None:
         raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of them")
     if wanted == NEWEST:
         return _newest(Path(args.output_dir), quiet=args.process_index > 0)
-    reason = flaw(Path(wanted))
+    checkpoint = Path(wanted)
+    reason = flaw(checkpoint) if checkpoint.is_dir() else "does not exist"
     if reason is not None:
-        raise UsageError(f"--resume_from_checkpoint {wanted} is no checkpoint folder: it {reason}")
-    return Path(wanted)
+        near = [other for run in (checkpoint, checkpoint.parent) for other in checkpoints_of(run) if not flaw(other)]
+        remedy = f"; the newest is {near[0]}" if near else ""
+        raise UsageError(f"--resume_from_checkpoint {wanted} is no checkpoint folder: it {reason}{remedy}")
+    return checkpoint
 
 
 def _newest(run: Path, quiet: bool) -> Path:
@@ -63,7 +79,8 @@ def _newest(run: Path, quiet: bool) -> Path:
             return checkpoint
         if not quiet:
             print(f"{checkpoint} {reason}: passed over")
-    raise UsageError(f"--resume_from_checkpoint: {run} holds no checkpoint that is whole; train without it first")
+    remedy = "start over with --overwrite_output_dir" if (run / CONFIG).is_file() else "train without it first"
+    raise UsageError(f"--resume_from_checkpoint: {run} holds no checkpoint that is whole; {remedy}")
 
 
 def check_same_run(settings: Mapping[str, Any], checkpoint: Path | None) -> None:
@@ -79,11 +96,45 @@ def check_same_run(settings: Mapping[str, Any], checkpoint: Path | None) -> None
             )
 
 
+def identity(args: BlueberryTrainingArguments, config: PreTrainedConfig, data: PreparedData) -> dict[str, Any]:
+    """What makes a run the one it is beside its arguments: files may change under their names, and a step may be
+    shared out otherwise."""
+    tokenizer = None if data.tokenizer is None else data.tokenizer.backend_tokenizer.to_str()
+    model = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
+    return {
+        "windows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "model": _digest(json.dumps(model, sort_keys=True, default=str)),
+        "training_text": data.content,
+        "tokenizer": tokenizer and _digest(tokenizer),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_same_identity(now: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Refuse to go on where weights would meet other tokens, or a step other windows, than those of the run."""
+    if checkpoint is None or not (checkpoint.parent / IDENTITY).is_file():
+        return
+    started = json.loads((checkpoint.parent / IDENTITY).read_text())
+    for name, words in _IDENTITY.items():
+        if now[name] != started[name]:
+            numbers = f" ({started[name]}, now {now[name]})" if isinstance(now[name], int) else ""
+            raise UsageError(
+                f"--resume_from_checkpoint {checkpoint}: {words} changed since the run was started{numbers}; undo "
+                "that, or start a new run in another --output_dir"
+            )
+
+
 def is_finished(trainer: BlueberryTrainer, checkpoint: Path | None) -> bool:
-    """Whether the run of `checkpoint` has all the steps asked for, and its results."""
+    """Whether the run of `checkpoint` has all the steps asked for, and its results: those of a shorter run stay in
+    the folder until there are others, and the state beside them, which is written last, tells."""
     if checkpoint is None or checkpoint.resolve().parent != Path(trainer.args.output_dir).resolve():
         return False
-    return step_of(checkpoint) >= trainer.planned_steps() and (checkpoint.parent / EVAL_RESULTS).is_file()
+    run, planned = checkpoint.parent, trainer.planned_steps()
+    has_results = (run / EVAL_RESULTS).is_file() and (run / STATE).is_file()
+    return has_results and min(step_of(checkpoint), step_of(run)) >= planned
 
 
 def how_to_go_on(trainer: BlueberryTrainer) -> str:
@@ -91,5 +142,6 @@ def how_to_go_on(trainer: BlueberryTrainer) -> str:
     run, step = Path(trainer.args.output_dir), trainer.state.global_step
     newest = next((path for path in checkpoints_of(run) if flaw(path) is None), None)
     if newest is None:
-        return f"at step {step}, before the first checkpoint (--save_steps sets how often)"
+        again = "; start over with --overwrite_output_dir" if (run / CONFIG).is_file() else ""
+        return f"at step {step}, before the first checkpoint (--save_steps sets how often){again}"
     return f"at step {step}; go on from {newest} with --output_dir {run} --resume_from_checkpoint"

@@ -2,37 +2,70 @@
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UsageError
 from .arguments import BlueberryTrainingArguments
+from .checkpoints import checkpoints_of
+from .replacing import (
+    CONFIG,
+    IDENTITY,
+    clear_run_folder,
+    delete_run_aside,
+    is_set_aside,
+    put_run_back,
+    set_run_aside,
+)
 
-CONFIG = "config.yaml"
-EVAL_RESULTS = "eval_results.json"
-AUDIT = "optimizer_audit.json"
 # Secrets, what belongs to one start of a run, one place or one process, and what TrainingArguments derives by itself.
 _LEFT_OUT = {
     "hub_token", "resume_from_checkpoint", "overwrite_output_dir", "output_dir", "run_name", "local_rank",
     "learning_rate", "include_num_input_tokens_seen", "accelerator_config", "disable_tqdm", "optim", "do_train",
     "do_eval", "do_predict", "dataloader_pin_memory",
 }  # fmt: skip
-_REPLACED = ".replaced"  # where the run that is being replaced lies until the new one has taken a step
+_LOCK = ".lock"
 _EMPTY = (None, "", [], {}, dataclasses.MISSING)
-# What a run writes; nothing else in the folder is ever deleted.
-_CONTENTS = (
-    CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", "runs", "spectral_log", "checkpoint-*", "config.json",
-    "generation_config.json",
-    "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template*",
-    "training_args.bin", "trainer_state.json", "*_results.json", "README.md", "*_blueberry.py",
-)  # fmt: skip
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run. The lock goes with the process, however that ends; what is left of it is a file."""
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UsageError(
+            f"--output_dir {folder}: another run is writing into it; wait for its end, or name another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """Trainer makes the folder of a run before it has checked all arguments: where the block fails, it goes again."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):  # not made yet, or not empty
+                folder.rmdir()
+        raise
 
 
 def check_run_folder(args: BlueberryTrainingArguments, checkpoint: Path | None) -> None:
@@ -41,93 +74,113 @@ def check_run_folder(args: BlueberryTrainingArguments, checkpoint: Path | None) 
     A run goes on in its own folder only: `checkpoint`, if there is one, must lie in it.
     """
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output_dir {folder} is a file: name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
+    if args.process_index == 0 and (reason := _why_not_writable(folder)):
+        raise UsageError(f"--output_dir {folder}: {reason}; name a folder that can be written")
+    if not folder.is_dir() or all(path.name == _LOCK for path in folder.iterdir()) or _goes_on(folder, checkpoint):
         return
     if not (folder / CONFIG).is_file():
         raise UsageError(f"--output_dir {folder} holds files that are no run of Blueberry: name another folder")
+    _check_holds_no_run(args, checkpoint)
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """Of a folder that does not exist: whether one can be made in the nearest that does."""
+    here = folder.absolute()
+    try:
+        nearest = next(path for path in (here, *here.parents) if path.exists())
+        if not nearest.is_dir():
+            return f"{nearest} is a file"
+        if nearest == here:
+            return None if os.access(here, os.W_OK) else "no permission to write"
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _goes_on(folder: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+
+
+def _check_holds_no_run(args: BlueberryTrainingArguments, checkpoint: Path | None) -> None:
+    folder = Path(args.output_dir)
+    if args.overwrite_output_dir or _goes_on(folder, checkpoint) or not (folder / CONFIG).is_file():
+        return
+    if not checkpoints_of(folder):
+        raise UsageError(
+            f"--output_dir {folder} already holds a run, without a checkpoint to continue from: replace it with "
+            "--overwrite_output_dir, or name another folder"
+        )
+    raise UsageError(
+        f"--output_dir {folder} already holds a run: name another folder, continue it with "
+        "--resume_from_checkpoint, or replace it with --overwrite_output_dir"
+    )
+
+
+def mend_run_folder(args: BlueberryTrainingArguments) -> None:
+    """Put back the run that a start had set aside before it was killed. UsageError unless it is to be replaced again:
+    whoever gave the command saw another folder."""
+    folder = Path(args.output_dir)
+    if not is_set_aside(folder) or args.process_index > 0:
+        return
+    with held(folder):
+        put_run_back(folder)
     if not args.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {folder} already holds a run: name another folder, continue it with "
-            "--resume_from_checkpoint, or replace it with --overwrite_output_dir"
+            f"--output_dir {folder}: a start was killed while it replaced the run there, which is back now; continue "
+            "it with --resume_from_checkpoint, replace it with --overwrite_output_dir, or name another folder"
         )
-
-
-def clear_run_folder(folder: str | Path) -> None:
-    """Delete the run in `folder`; files that no run writes stay."""
-    for path in _contents(folder):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _contents(folder: str | Path) -> list[Path]:
-    """What a run wrote into `folder`."""
-    return sorted({path for pattern in _CONTENTS for path in Path(folder).glob(pattern)})
-
-
-def set_run_aside(folder: str | Path) -> None:
-    """Move the run in `folder` out of the way of a new one.
-
-    If another one lies there still, the run in `folder` was killed before its first step and is of no use.
-    """
-    aside = Path(folder) / _REPLACED
-    if aside.is_dir():
-        clear_run_folder(folder)
-    else:
-        aside.mkdir(parents=True)
-        _move(folder, aside)
-
-
-def put_run_back(folder: str | Path) -> None:
-    """Undo `set_run_aside`."""
-    aside = Path(folder) / _REPLACED
-    if aside.is_dir():
-        _move(aside, folder)
-        aside.rmdir()
-
-
-def _move(source: str | Path, target: str | Path) -> None:
-    for path in _contents(source):
-        path.rename(Path(target) / path.name)
 
 
 class RunFolderCallback(TrainerCallback):
     """Makes the first write of a run, once everything that can fail on bad input has succeeded: its `config.yaml`.
 
-    The first callback, so that others write into a folder of this run. A run that it replaces is deleted after the
-    first step. When an exception ends a new run before that, `undo` leaves the folder as it was for the corrected
-    command.
+    The first callback, so that others write into a folder of this run. From then on until `close` no other run gets
+    the folder. A run that it replaces is deleted after the first step. When an exception ends a new run before that,
+    `undo` leaves the folder as it was for the corrected command.
+
+    Attributes:
+        settings: see `describe`.
+        checkpoint: the one that the run goes on from.
+        identity: see `resuming.identity`; set before training.
     """
 
-    def __init__(self, settings: Mapping[str, Any]):
-        self.settings = settings
+    def __init__(self, settings: Mapping[str, Any], checkpoint: Path | None = None):
+        self.settings, self.checkpoint = settings, checkpoint
+        self.identity: dict[str, Any] = {}
         self._started_at: int | None = None
+        self._held = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the earlier run aside if told so, and describe this one."""
-        self._started_at = state.global_step
         if state.is_world_process_zero:
-            if args.overwrite_output_dir:
-                set_run_aside(args.output_dir)
-            (Path(args.output_dir) / EVAL_RESULTS).unlink(missing_ok=True)  # of a run that is now given more steps
-            write_yaml(Path(args.output_dir) / CONFIG, self.settings)
+            folder = Path(args.output_dir)
+            self._held.enter_context(held(folder))
+            _check_holds_no_run(args, self.checkpoint)  # one may have come and gone since it was looked at first
+            self._started_at = state.global_step
+            if args.overwrite_output_dir and (folder / CONFIG).is_file():
+                set_run_aside(folder)
+            write_json(folder / IDENTITY, self.identity)
+            write_yaml(folder / CONFIG, self.settings)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give up the run that this one replaces."""
         if state.global_step == 1 and state.is_world_process_zero:
-            shutil.rmtree(Path(args.output_dir) / _REPLACED, ignore_errors=True)
+            delete_run_aside(Path(args.output_dir))
 
     def undo(self, args: TrainingArguments, state: TrainerState) -> None:
         """Delete what a new run wrote, if it did not take a step."""
-        if self._started_at == 0 == state.global_step and state.is_world_process_zero:
-            clear_run_folder(args.output_dir)
-            put_run_back(args.output_dir)
+        if self._started_at == 0 == state.global_step:
+            clear_run_folder(Path(args.output_dir))
+            put_run_back(Path(args.output_dir))
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        self._held.close()
 
 
 def describe(training: BlueberryTrainingArguments, *groups: Any) -> dict[str, Any]:

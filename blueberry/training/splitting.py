@@ -40,18 +40,25 @@ class Survey:
         content: (n,) uint64, hash of the document.
         group: (n,) uint64, hash of its group key (the document itself where there are no groups).
         size: (n,) int64, UTF-8 bytes of a text, tokens of a tokenized row; 0 for a blank document.
+        labels: hash of the labels of all documents, where there are some.
     """
 
     content: np.ndarray
     group: np.ndarray
     size: np.ndarray
+    labels: str
 
 
-def document_bytes(document: str | np.ndarray | None) -> bytes:
+def document_bytes(document: str | list[int] | np.ndarray | None) -> bytes:
     """What is hashed of a document: its UTF-8 bytes, or its token ids as int64; empty for a blank one."""
     if isinstance(document, str):
         return document.encode() if document.strip() else b""
-    return b"" if document is None else np.asarray(document, dtype=np.int64).tobytes()
+    if document is None or len(document) == 0:
+        return b""
+    ids = np.asarray(document)
+    if ids.dtype.kind not in "iu":
+        raise UsageError(f"a row of token ids holds {ids.dtype} values (nulls?), not integers; tokenize it anew")
+    return ids.astype(np.int64).tobytes()
 
 
 def hash64(data: bytes) -> int:
@@ -63,7 +70,7 @@ def survey(rows: Dataset, column: str, group_column: str | None = None) -> Surve
     """Hash and measure every document."""
     from tqdm.auto import tqdm
 
-    content, group, size = [], [], []
+    content, group, size, labels = [], [], [], hashlib.sha256()
     bar = tqdm(total=len(rows), desc="Reading documents", unit="doc", delay=2)
     for batch in documents_in_batches(rows, column):
         encoded = [document_bytes(document) for document in batch[column]]
@@ -71,11 +78,14 @@ def survey(rows: Dataset, column: str, group_column: str | None = None) -> Surve
         size += map(len, encoded)
         if group_column:
             group += [hash64(str(key).encode()) for key in batch[group_column]]
+        for row in batch.get("labels", ()):
+            labels.update(document_bytes(row) + b"\0")
         bar.update(len(encoded))
     bar.close()
     hashes = np.array(content, dtype=np.uint64)
     sizes = np.array(size, dtype=np.int64) // (np.dtype(np.int64).itemsize if column == "input_ids" else 1)
-    return Survey(hashes, np.array(group, dtype=np.uint64) if group_column else hashes, sizes)
+    groups = np.array(group, dtype=np.uint64) if group_column else hashes
+    return Survey(hashes, groups, sizes, labels.hexdigest())
 
 
 def choose_validation(group: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
@@ -130,9 +140,7 @@ def _split_by_hash(corpus: Corpus, fraction: float, budget: int) -> Split:
     key = corpus.group_column or "document"
     rule = f"whole {key}s by hash, {found.size[rows[chosen]].sum() / found.size.sum():.1%} of the text for validation"
     documents = corpus.documents
-    return Split(
-        documents.select(train), documents.select(rows[chosen]), rule, len(train), _digest(found.content[train])
-    )
+    return Split(documents.select(train), documents.select(rows[chosen]), rule, len(train), _digest(found, train))
 
 
 def _split_with_own_validation(corpus: Corpus, budget: int) -> Split:
@@ -142,7 +150,7 @@ def _split_with_own_validation(corpus: Corpus, budget: int) -> Split:
     train = np.flatnonzero((found.size > 0) & ~np.isin(found.content, np.array(list(hashes), dtype=np.uint64)))
     _require_documents(corpus, len(train))
     rule = "the dataset's own validation split; exact copies of its documents removed from training"
-    return Split(corpus.documents.select(train), validation, rule, len(train), _digest(found.content[train]))
+    return Split(corpus.documents.select(train), validation, rule, len(train), _digest(found, train))
 
 
 def _split_stream(corpus: Corpus, budget: int) -> Split:
@@ -190,6 +198,6 @@ def _require_documents(corpus: Corpus, count: int) -> None:
         raise UsageError(f"--dataset {corpus.name}: has no document with text for training; give a dataset with text")
 
 
-def _digest(content: np.ndarray) -> str:
-    """A hash of documents in order."""
-    return hashlib.sha256(content.tobytes()).hexdigest()
+def _digest(found: Survey, rows: np.ndarray) -> str:
+    """A hash of the documents of `rows` in order, and of all labels: masked ones must not pass for their ids."""
+    return hashlib.sha256(found.content[rows].tobytes() + found.labels.encode()).hexdigest()

@@ -17,8 +17,13 @@ def final_metrics(trainer: BlueberryTrainer) -> dict[str, float]:
     return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 
-def print_summary(trainer: BlueberryTrainer, data: PreparedData, metrics: dict[str, float]) -> None:
-    """One short table: tokens, time, speed, losses, where things are."""
+def print_summary(
+    trainer: BlueberryTrainer, data: PreparedData, metrics: dict[str, float], logging_dir: str | None
+) -> None:
+    """One short table: tokens, time, speed, losses, where things are.
+
+    logging_dir: of TensorBoard; None without it.
+    """
     final = next((row for row in reversed(trainer.state.log_history) if "train_runtime" in row), {})
     seconds = final.get("train_runtime", 0.0)
     tokens = trainer.state.num_input_tokens_seen - trainer._initial_num_input_tokens_seen
@@ -33,8 +38,9 @@ def print_summary(trainer: BlueberryTrainer, data: PreparedData, metrics: dict[s
         "next-token accuracy": shown("accuracy"),
         "bits per byte": shown("bits_per_byte"),
         "model": str(folder),
-        "TensorBoard": f"tensorboard --logdir {folder / 'runs'}",
     }
+    if logging_dir is not None:
+        rows["TensorBoard"] = f"tensorboard --logdir {logging_dir}"
     if (folder / "spectral_log").is_dir():
         rows["spectra"] = f"python scripts/track_manifold.py --plot_only --run {folder}"
     width = max(map(len, rows))

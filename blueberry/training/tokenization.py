@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blueberry.errors import UsageError
+from blueberry.training.cache import cache_folder
 from blueberry.training.hub_access import hub_or_cache
 from blueberry.training.reading import is_local_path
 
@@ -23,11 +23,6 @@ END_OF_TEXT = "<|endoftext|>"
 RECIPE = "byte-level-bpe-1"  # part of the cache key: raise it when `train_bpe` changes its result
 TRAINING_BYTES = 50_000_000
 SMALLEST_VOCABULARY = 257  # 256 bytes and END_OF_TEXT
-
-
-def cache_folder() -> Path:
-    """`$BLUEBERRY_CACHE`, or `~/.cache/blueberry`."""
-    return Path(os.environ.get("BLUEBERRY_CACHE") or "~/.cache/blueberry").expanduser()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -68,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int | 
             f"{SMALLEST_VOCABULARY} or more, or name a --tokenizer"
         )
     head = _first_bytes(texts, TRAINING_BYTES)
-    folder = cache_folder() / "tokenizers" / _cache_key(head, vocab_size)
+    folder = cache_folder("tokenizers") / _cache_key(head, vocab_size)
     if not folder.is_dir():
         special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         bpe = train_bpe(head, vocab_size)
@@ -80,11 +75,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_positions: int | 
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> list[str]:
-    """Leading documents, until they hold `limit` UTF-8 bytes; the last one is cut (to characters)."""
+    """Leading documents, until they hold `limit` UTF-8 bytes; the last one is cut, at a whole character."""
     head, room = [], limit
     for text in texts:
-        head.append(text[:room])
-        room -= len(text.encode())
+        data = text.encode()
+        head.append(data[:room].decode(errors="ignore"))
+        room -= len(data)
         if room <= 0:
             break
     return head
@@ -99,7 +95,6 @@ def _cache_key(texts: list[str], vocab_size: int) -> str:
 
 def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write beside `folder` and rename: a reader sees all or nothing, and of two writers the first wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         tokenizer.save_pretrained(scratch)

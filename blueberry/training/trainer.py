@@ -1,6 +1,7 @@
 """`BlueberryTrainer`: transformers' Trainer with the hybrid optimizer."""
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from ..optim.build import build_optimizer
 from ..optim.composed import ComposedOptimizer
 from ..optim.param_groups import check_holds_trainable_parameters
 from .arguments import BlueberryTrainingArguments
-from .run_folder import AUDIT, write_json
+from .replacing import AUDIT
+from .run_folder import write_json
 
 
 def composed_optimizer(optimizer: Optimizer) -> ComposedOptimizer | None:
@@ -75,13 +77,29 @@ def _explained(checkpoint: str | None) -> Iterator[None]:
         raise UsageError(f"checkpoint {checkpoint} does not fit this model and optimizer: {reason}") from error
 
 
-def tokens_per_step(args: TrainingArguments, train_dataset: Dataset | None) -> int:
-    """Tokens that all processes together see in one optimizer step, from the first window of the dataset."""
+def steps_for(args: TrainingArguments, train_dataset: Dataset | None) -> int:
+    """The least optimizer steps that see `args.train_tokens` tokens over all processes.
+
+    Windows are as long as the first. The last step of a pass takes the windows that are left, unless
+    `dataloader_drop_last` leaves out those that fill no batch; a stream is taken for endless.
+    """
     if train_dataset is None:
         raise UsageError("train_tokens needs a train_dataset: its windows tell how many tokens a step has")
     is_stream = isinstance(train_dataset, IterableDataset)
     first = next(iter(train_dataset)) if is_stream else train_dataset[0]
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * len(first["input_ids"])
+    needed = math.ceil(args.train_tokens / len(first["input_ids"]))
+    batch = args.train_batch_size * args.world_size
+    per_step = batch * args.gradient_accumulation_steps
+    if is_stream:
+        return math.ceil(needed / per_step)
+    windows = len(train_dataset) // batch * batch if args.dataloader_drop_last else len(train_dataset)
+    if windows == 0:
+        raise UsageError(
+            f"--dataloader_drop_last true: {len(train_dataset)} training windows are less than a batch of {batch}; "
+            "lower --per_device_train_batch_size or leave it out"
+        )
+    passes, rest = divmod(needed, windows)
+    return passes * math.ceil(windows / per_step) + math.ceil(rest / per_step)
 
 
 class BlueberryTrainer(Trainer):
@@ -107,7 +125,7 @@ class BlueberryTrainer(Trainer):
         if not isinstance(args, BlueberryTrainingArguments):
             raise UsageError(f"BlueberryTrainer got {type(args).__name__}: use BlueberryTrainingArguments")
         if args.train_tokens is not None:  # before Trainer asks a stream for its length
-            args.max_steps = math.ceil(args.train_tokens / tokens_per_step(args, train_dataset))
+            args.max_steps = steps_for(args, train_dataset)
         super().__init__(model, args, train_dataset=train_dataset, **named)
         self._clock, self._tokens_at_clock = time.perf_counter(), 0
         self.add_callback(AuditCallback)
@@ -202,6 +220,15 @@ class BlueberryTrainer(Trainer):
         differing = {*load_result.missing_keys, *load_result.unexpected_keys} - self.model.all_tied_weights_keys.keys()
         if differing:
             raise RuntimeError(f"{sorted(differing)[0]} is in one of them only")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's; safetensors lets only the owner read its files: they get the mode of the others."""
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        for path in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "training_args.bin", path)
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed after the last step: Trainer would take one more

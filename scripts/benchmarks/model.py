@@ -1,13 +1,10 @@
 """The model against transformers' models of the same shapes: training, experts, loss and decoding."""
 
 import argparse
-import resource
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import partial
-from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +23,7 @@ from blueberry import BlueberryConfig
 from blueberry.losses_blueberry import head_cross_entropy
 from blueberry.modeling_blueberry import BlueberryExperts, BlueberryGatedExperts
 
-from .common import Record, device, interleaved_medians, machine
+from .common import Record, device, in_fresh_process, interleaved_medians, machine, resident_peak
 
 PARTS = ("training", "experts", "dense", "loss", "decode")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,6 +62,12 @@ def benchmark_part(part: str, dtype: str, kinds: list[str], arguments: argparse.
         yield from loss(dtype, repeats)
     else:
         yield from decode(dtype, repeats)
+
+
+def medians(steps: Mapping[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds; of CPU time where one thread does all, so that what else the machine does hardly counts."""
+    alone = torch.get_num_threads() == 1 and device().type == "cpu"
+    return interleaved_medians(steps, repeats, time.process_time if alone else time.perf_counter)
 
 
 # The models
@@ -177,7 +180,7 @@ def compare_training(
     for name, model in contestants.items():
         options = {"skip_logits": True} if name == "blueberry" else {}
         steps[name] = partial(training_step, model, random_batches(config.vocab_size, batch), dtype, **options)
-    seconds = interleaved_medians(steps, repeats)
+    seconds = medians(steps, repeats)
     fastest_peer = min(value for name, value in seconds.items() if not name.startswith("blueberry"))
     for name, value in seconds.items():
         yield setting | {"model": name, "step_ms": round(1000 * value, 1),
@@ -207,7 +210,7 @@ def gemm_rate(dtype: str) -> float:
     """Operations per second of a product of 2048 x 2048 matrices."""
     a, b = (torch.randn(2048, 2048, device=device()).to(DTYPES[dtype]) for _ in range(2))
     result = torch.empty_like(a)
-    return 2 * 2048**3 / interleaved_medians({"mm": lambda: torch.mm(a, b, out=result)}, 9)["mm"]
+    return 2 * 2048**3 / medians({"mm": lambda: torch.mm(a, b, out=result)}, 9)["mm"]
 
 
 # Experts
@@ -224,7 +227,7 @@ def experts(dtype: str, kinds: list[str], tokens: int, repeats: int) -> Iterator
             )
             implementations = ("blueberry", "eager", "grouped_mm")
             steps = {name: experts_step(config, name, tokens, dtype) for name in implementations}
-            seconds = interleaved_medians(steps, repeats)
+            seconds = medians(steps, repeats)
             touched = expert_bytes(config)
             base = base or (seconds["blueberry"], touched)
             explained = base[0] + (touched - base[1]) / rate
@@ -266,7 +269,7 @@ def expert_bytes(config: BlueberryConfig) -> int:
 def copy_rate() -> float:
     """Bytes read and written per second when a large tensor is copied into memory taken anew, as gradients are."""
     source = torch.randn(64 * 2**20 // 4, device=device())
-    seconds = interleaved_medians({"clone": lambda: source.clone()}, 9)["clone"]
+    seconds = medians({"clone": lambda: source.clone()}, 9)["clone"]
     return 2 * source.nbytes / seconds
 
 
@@ -276,7 +279,7 @@ def copy_rate() -> float:
 def loss(dtype: str, repeats: int) -> Iterator[Record]:
     """From hidden states to the loss and its gradients: the blueberry-moe head on 4 x 2048 tokens."""
     steps = {name: loss_step(name, dtype) for name in ("blueberry", "plain logits")}
-    seconds = interleaved_medians(steps, repeats)
+    seconds = medians(steps, repeats)
     del steps
     peaks = {name: in_fresh_process(peak_memory, name, dtype) for name in seconds}
     for name, value in seconds.items():
@@ -308,11 +311,6 @@ def loss_step(name: str, dtype: str) -> Callable[[], None]:
     return step
 
 
-def in_fresh_process(function: Callable, *arguments: str) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def peak_memory(name: str, dtype: str) -> int:
     """Bytes that one loss and its gradients need at most, above the inputs."""
     step = loss_step(name, dtype)
@@ -324,11 +322,6 @@ def peak_memory(name: str, dtype: str) -> int:
     before = resident_peak()
     step()
     return resident_peak() - before
-
-
-def resident_peak() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Decoding
@@ -344,7 +337,7 @@ def decode(dtype: str, repeats: int) -> Iterator[Record]:
     for batch in (1, 8):
         ids, new = next(random_batches(config.vocab_size, (batch, 64))), 64
         steps = {name: partial(generate, model, ids, new) for name, model in models.items()}
-        seconds = interleaved_medians(steps, repeats)
+        seconds = medians(steps, repeats)
         fastest_peer = min(value for name, value in seconds.items() if name != "blueberry")
         for name, value in seconds.items():
             yield {"model": name, "batch": batch, "new_tokens": new,
