@@ -18,7 +18,7 @@ from study import Record, Run, paired, record_of, tuned
 from transformers import TrainerCallback
 
 from blueberry.configuration_blueberry import PRESETS
-from blueberry.errors import UsageError, run_script
+from blueberry.errors import OneLineParser, UsageError, run_script
 from blueberry.training.data import DataArguments, PreparedData, prepare_data
 from blueberry.training.run_folder import write_json
 from blueberry.training.trainer import composed_optimizer
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dataset", default="sotu", help="as in train_llm.py")

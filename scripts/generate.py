@@ -7,13 +7,13 @@ import argparse
 import math
 from pathlib import Path
 
-from blueberry.errors import UsageError, run_script
+from blueberry.errors import OneLineParser, UsageError, run_script
 
 DEFAULT_LENGTH = 60  # tokens
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a run, or Hub id")
     parser.add_argument("--prompt", default="My fellow citizens,")
     parser.add_argument("--max_new_tokens", type=int, help=f"default: {DEFAULT_LENGTH}, less where they do not fit")

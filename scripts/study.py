@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
-import torch
 import transformers
+from benchmarks.common import Record, machine
 from scipy import stats
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -24,7 +23,6 @@ from blueberry.training.data import PreparedData
 from blueberry.training.run_folder import write_json
 from trainer_callbacks import StepTimeCallback
 
-Record = dict[str, Any]
 FURTHEST = 3  # doublings or halvings of a learning rate that tuning tries beyond the start
 
 
@@ -133,9 +131,5 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Record:
 
 def versions() -> Record:
     """What a figure must be quoted with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {"commit": commit.stdout.strip(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "datasets": datasets.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads()}  # fmt: skip
+    return {**machine(), "transformers": transformers.__version__, "datasets": datasets.__version__,
+            "python": platform.python_version()}  # fmt: skip

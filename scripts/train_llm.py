@@ -15,7 +15,6 @@ from pathlib import Path
 from blueberry.errors import UsageError, run_script
 
 STREAM_SHUFFLE_BUFFER = 1000  # windows
-ON_VIOLATION = ("warn", "project", "stop")
 METRICS = ("loss", "accuracy", "perplexity", "bits_per_byte")
 
 # Values of arguments that are refused, and why.
@@ -48,6 +47,8 @@ class TrackingArguments:
     )
 
     def __post_init__(self) -> None:
+        from trainer_callbacks.manifold_constraints import ON_VIOLATION
+
         for name in ("track_every_n_steps", "track_max_overhead"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..polar import coefficient_steps, fastest_dtype, newton_schulz
+from .batching import expert_slices, in_batches
 from .splits import cut, join
 
 SCALE_MODES = ("shape", "rms_match", "none")
@@ -128,15 +129,8 @@ class Muon(Optimizer):
         return {**super().__getstate__(), "ns_dtype": self.ns_dtype, "batch_bytes": self.batch_bytes}
 
     def _batches(self, group: dict[str, Any]) -> Iterator[list[_Piece]]:
-        """Pieces of one shape, dtype and device together, their temporaries within `batch_bytes`."""
-        alike: dict[Any, list[_Piece]] = {}
-        for piece in self._pieces(group):
-            weight = piece.weight
-            alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(piece)
-        for pieces in alike.values():
-            size = self._fitting(pieces[0].weight)
-            for start in range(0, len(pieces), size):
-                yield pieces[start : start + size]
+        """Pieces of one kind together, their temporaries within `batch_bytes`."""
+        return in_batches(self._pieces(group), self._fitting)
 
     def _pieces(self, group: dict[str, Any]) -> Iterator[_Piece]:
         """Every parameter with a gradient; a stack of experts in slices where it alone would break `batch_bytes`."""
@@ -147,9 +141,7 @@ class Muon(Optimizer):
             if parameter.ndim == 2:
                 yield _Piece(parameter, parameter.grad, state)
                 continue
-            experts = self._fitting(parameter[0])
-            for start in range(0, len(parameter), experts):
-                chosen = slice(start, start + experts)
+            for chosen in expert_slices(parameter, self._fitting):
                 views = {name: tensor[chosen] for name, tensor in state.items()}
                 yield _Piece(parameter[chosen], parameter.grad[chosen], views)
 

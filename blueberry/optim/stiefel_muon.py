@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..manifolds import Stiefel, check_radius, is_wide, orthonormalize, tall
 from ..stiefel import TangentStep, check_solver, steepest_tangent_step
+from .batching import expert_slices, in_batches
 from .manifold_base import ManifoldOptimizer, Piece
 from .manifold_weights import TOLERANCE, put_on_manifold, stiefel_errors
 from .splits import cut, join
@@ -122,16 +123,8 @@ class StiefelMuon(ManifoldOptimizer):
         group["dual_iterations"] = total / sum(weights) if solved else 0.0
 
     def _batches(self, group: dict[str, Any]) -> Iterator[list[Piece]]:
-        """Pieces of one shape, dtype and device together; a stack of experts in slices."""
-        alike: dict[Any, list[Piece]] = {}
-        for piece in self._pieces(group):
-            for part in _slices(piece):
-                weight = part.weight
-                alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(part)
-        for pieces in alike.values():
-            size = max(1, _batch_elements(pieces[0].weight) // pieces[0].weight.numel())
-            for start in range(0, len(pieces), size):
-                yield pieces[start : start + size]
+        """Pieces of one kind together; a stack of experts in slices."""
+        return in_batches((part for piece in self._pieces(group) for part in _slices(piece)), _fitting)
 
     def _step_batch(self, pieces: list[Piece], group: dict[str, Any]) -> list[TangentStep]:
         """Step some pieces of one shape; returns what the solver did to each non-square part."""
@@ -197,8 +190,10 @@ def _dual_name(part: int) -> str:
     return f"dual_variable_{part}" if part else "dual_variable"
 
 
-def _batch_elements(weight: Tensor) -> int:
-    return _BATCH_ELEMENTS.get(weight.device.type, _BATCH_ELEMENTS_ELSEWHERE)
+def _fitting(weight: Tensor) -> int:
+    """How many weights like this one a batch may have, at least one."""
+    elements = _BATCH_ELEMENTS.get(weight.device.type, _BATCH_ELEMENTS_ELSEWHERE)
+    return max(1, elements // weight.numel())
 
 
 def _slices(piece: Piece) -> Iterator[Piece]:
@@ -206,9 +201,7 @@ def _slices(piece: Piece) -> Iterator[Piece]:
     if piece.weight.ndim == 2:
         yield piece
         return
-    experts = max(1, _batch_elements(piece.weight) // piece.weight[0].numel())
-    for start in range(0, len(piece.weight), experts):
-        chosen = slice(start, start + experts)
+    for chosen in expert_slices(piece.weight, _fitting):
         state = {name: tensor[chosen] for name, tensor in piece.state.items()}
         parameter = piece.parameter[chosen]
         weight = parameter if piece.weight is piece.parameter else piece.weight[chosen]

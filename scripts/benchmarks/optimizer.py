@@ -11,7 +11,6 @@ from blueberry.optim import Muon
 from blueberry.polar import fastest_dtype, newton_schulz
 
 from .common import Record, device, interleaved_medians, machine
-from .optimizer_loss import benchmark_loss
 
 # Shapes (out, in) or (experts, out, in) of all hidden matrices of a model, and how many layers have them.
 DENSE = [(512, 512), (256, 512), (256, 512), (512, 512), (2048, 512), (512, 2048)]  # blueberry-88m, 22 layers
@@ -28,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Iterator[Record]:
     if arguments.loss:
+        from .optimizer_loss import benchmark_loss
+
         yield from benchmark_loss(arguments.repeats)
         return
     for name in [arguments.set] if arguments.set else sorted(SETS):

@@ -1,15 +1,17 @@
 """Whether the default coefficients train as well as those of torch.optim.Muon: same model, data and seeds."""
 
 import contextlib
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scipy import stats
+from study import paired
 from transformers import set_seed
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM, BlueberryTrainer, BlueberryTrainingArguments
+from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer
 from blueberry.training.data import DataArguments, PreparedData, prepare_data
 
@@ -21,6 +23,8 @@ COEFFICIENTS = ("robust", "keller_jordan")
 
 def benchmark_loss(seeds: int) -> Iterator[Record]:
     """One record for each run, then the paired difference with its 95% interval."""
+    if seeds < 2:
+        raise UsageError(f"--repeats {seeds}: an interval needs two seeds at least, three are worth quoting")
     config = BlueberryConfig.from_preset("tiny")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the records
         data = prepare_data(DataArguments(max_length=LENGTH), vocab_size=config.vocab_size, max_positions=LENGTH)
@@ -31,13 +35,8 @@ def benchmark_loss(seeds: int) -> Iterator[Record]:
             yield {"benchmark": "optimizer loss", "preset": "tiny", "steps": STEPS, "tokens": STEPS * WINDOWS * LENGTH,
                    "coefficients": name, "seed": seed, "validation_loss": round(losses[name][-1], 4),
                    **machine()}  # fmt: skip
-    paired = stats.ttest_rel(*losses.values())
-    low, high = paired.confidence_interval(0.95)
-    difference = sum(losses["robust"]) / seeds - sum(losses["keller_jordan"]) / seeds
-    yield {"benchmark": "optimizer loss", "robust_minus_keller_jordan": round(difference, 4),
-           "interval_95": [round(float(low), 4), round(float(high), 4)],
-           "deviation_over_seeds": round(float(stats.tstd(losses["keller_jordan"])), 4), "n": seeds,
-           **machine()}  # fmt: skip
+    yield {"benchmark": "optimizer loss", "robust_minus_keller_jordan": paired(*losses.values()),
+           "deviation_over_seeds": round(statistics.stdev(losses["keller_jordan"]), 4), **machine()}  # fmt: skip
 
 
 def final_loss(config: BlueberryConfig, data: PreparedData, coefficients: str, seed: int) -> float:

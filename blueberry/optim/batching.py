@@ -1,0 +1,33 @@
+"""Which matrices an optimizer takes at once: those of one kind, as many as fit."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+
+class _HasWeight(Protocol):
+    @property
+    def weight(self) -> Tensor: ...
+
+
+_Piece = TypeVar("_Piece", bound=_HasWeight)
+Fitting = Callable[[Tensor], int]  # how many weights like this one to take at once, at least one
+
+
+def in_batches(pieces: Iterable[_Piece], fitting: Fitting) -> Iterator[list[_Piece]]:
+    """Pieces whose weights have one shape, dtype and device, at most `fitting(weight)` of them at once."""
+    alike: dict[Any, list[_Piece]] = {}
+    for piece in pieces:
+        alike.setdefault((piece.weight.shape, piece.weight.dtype, piece.weight.device), []).append(piece)
+    for some in alike.values():
+        size = fitting(some[0].weight)
+        for start in range(0, len(some), size):
+            yield some[start : start + size]
+
+
+def expert_slices(stack: Tensor, fitting: Fitting) -> Iterator[slice]:
+    """The experts of a stack (experts, out, in), as many at once as fit."""
+    experts = fitting(stack[0])
+    for start in range(0, len(stack), experts):
+        yield slice(start, start + experts)
