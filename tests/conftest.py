@@ -5,10 +5,11 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -71,6 +72,42 @@ def data_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+TOKEN, READ_TOKEN, OTHER_TOKEN = "hf_ANN", "hf_ANNREADS", "hf_BOB"  # of the Hub of the tests
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on loopback, and this process its client: as ann, who may write under her name and for the lab."""
+    from huggingface_hub import constants
+
+    from blueberry.training.hub_access import hub_is_reachable
+
+    with HubServer() as server:
+        server.add_account(TOKEN, "ann", organizations=("lab",))
+        server.add_account(READ_TOKEN, "ann", role="read")
+        server.add_account(OTHER_TOKEN, "bob")
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub_is_reachable.cache_clear()
+        yield server
+        hub_is_reachable.cache_clear()
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def path_of_large_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which the client uploads what is not kept in git."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", request.param == "lfs")
+    return request.param
 
 
 @pytest.fixture
