@@ -7,6 +7,7 @@
 """
 
 import os
+import sys
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -232,11 +233,17 @@ def make_callbacks(model, tracking_args, args) -> list:
 
 
 def train(trainer, checkpoint, folder) -> None:
-    """Train; a start that fails leaves nothing behind, and Ctrl-C says how to go on."""
+    """Train; a start that fails leaves nothing behind, Ctrl-C and a signal that stops the run say how to go on."""
     from blueberry.training.resuming import how_to_go_on
+    from blueberry.training.stopping import Stopped
 
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except Stopped as stop:
+        stop_writing(trainer)
+        if trainer.is_world_process_zero():
+            print(f"\n{stop} {how_to_go_on(trainer)}", flush=True)
+        sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
         stop_writing(trainer)
         folder.undo(trainer.args, trainer.state)

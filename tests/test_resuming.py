@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from blueberry import BlueberryTrainer
 from blueberry.training.checkpoints import flaw
+from blueberry.training.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +139,25 @@ def test_a_checkpoint_that_is_not_whole_is_known_by_its_files(breakage, run):
     assert flaw(run / "checkpoint-32") is not None
 
 
-@pytest.mark.parametrize("weights", ["pytorch_model_fsdp_0", "global_step32"])
-def test_checkpoints_of_sharded_engines_are_not_passed_over(weights, tmp_path):
-    for folder in (weights, "optimizer_0"):
+def test_checkpoints_of_sharded_engines_are_not_passed_over(tmp_path):
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0"):
         (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__0_0.distcp").write_bytes(b"shard")
     (tmp_path / "trainer_state.json").write_text("{}")
     torch.save({}, tmp_path / "scheduler.pt")
+    write_manifest(tmp_path)
     assert flaw(tmp_path) is None
+    (tmp_path / "optimizer_0" / "__0_0.distcp").write_bytes(b"Shard")
+    assert flaw(tmp_path) == "has a damaged __0_0.distcp (its SHA-256 is not the one in manifest.json)"
 
 
 def test_resuming_passes_over_a_half_written_newest_checkpoint(finished, run, script, capsys):
     (run / "eval_results.json").unlink()
     BREAKAGES["half the optimizer"](run / "checkpoint-32")
     script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
-    assert re.search("checkpoint-32 has a broken optimizer.pt: passed over", capsys.readouterr().out)
+    assert re.search(
+        r"checkpoint-32 has a broken optimizer.pt \(\d+ of \d+ bytes\): passed over", capsys.readouterr().out
+    )
     assert_same_weights(run, finished)
     assert flaw(run / "checkpoint-32") is None
 
@@ -257,6 +263,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_folder_as_it_was(run, script,
         else:
             narrow = {key: value[:-1].clone() for key, value in weights_of(run / "checkpoint-32").items()}
             save_file(narrow, run / "checkpoint-32" / name, metadata={"format": "pt"})
+        write_manifest(run / "checkpoint-32")
         before = snapshot(run)
         assert message in refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint")
         assert snapshot(run) == before
@@ -269,6 +276,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(run, script, capsys):
     weights = weights_of(run / "checkpoint-32")
     del weights["model.norm.weight"]
     save_file(weights, run / "checkpoint-32" / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(run / "checkpoint-32")
     message = refusal(script, capsys, "--output_dir", run, "--resume_from_checkpoint")
     assert "model.norm.weight is in one of them only" in message
 
@@ -291,7 +299,7 @@ def test_resuming_never_overwrites_a_run_it_does_not_continue(resume, finished, 
     value = {"false": "false", "another run": finished / "checkpoint-32", "the model folder": run}[resume]
     before = snapshot(run)
     message = refusal(script, capsys, *arguments, "--output_dir", run, "--resume_from_checkpoint", value)
-    assert ("is no checkpoint folder" if resume == "the model folder" else "already holds a run") in message
+    assert ("is no checkpoint to go on from" if resume == "the model folder" else "already holds a run") in message
     assert snapshot(run) == before
 
 

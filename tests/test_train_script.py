@@ -176,7 +176,7 @@ BAD_INPUT = {
     "long windows": (["--preset", "tiny", "--max_length", 4096], "--max_length 4096"),
     "bad fraction": (["--validation_fraction", 1.5], "--validation_fraction 1.5"),
     "no checkpoint": (["--resume_from_checkpoint"], "holds no checkpoint"),
-    "wrong checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint folder"),
+    "wrong checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint to go on from"),
     "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
     "missing model config": (["--config_name", "nowhere.json"], "--config_name nowhere.json"),
     "labels of another task": (["--label_names", "start"], "--label_names start: windows have labels only"),

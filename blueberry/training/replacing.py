@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from .checkpoints import STATE
+from .checkpoints import PARTIAL, STATE
 
 CONFIG = "config.yaml"
 EVAL_RESULTS = "eval_results.json"
@@ -13,10 +13,10 @@ _REPLACED = ".replaced"  # where the run that is being replaced lies until the n
 _DISCARDED = ".discarded"  # the same while it is being deleted
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
-    CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", IDENTITY, "runs", "spectral_log", "checkpoint-*", "config.json",
-    "generation_config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates",
-    "training_args.bin", STATE, _DISCARDED,
+    CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", IDENTITY, "runs", "spectral_log", "checkpoint-*", PARTIAL,
+    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "additional_chat_templates", "training_args.bin", STATE, _DISCARDED,
 )  # fmt: skip
 
 

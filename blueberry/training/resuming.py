@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 
 from ..errors import UsageError
@@ -55,30 +56,43 @@ def _wanted(value: Any) -> str | None:
 
 
 def find_checkpoint(args: BlueberryTrainingArguments) -> Path | None:
-    """The checkpoint to resume from: the one named, or the newest of the run that is whole; None for a new run."""
+    """The checkpoint to resume from: the one named, or the newest of the run that is intact; None for a new run.
+
+    One process reads every byte of it, and all take the same.
+    """
     wanted = _wanted(args.resume_from_checkpoint)
     if wanted is None:
         return None
     if args.overwrite_output_dir:
         raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of them")
-    if wanted == NEWEST:
-        return _newest(Path(args.output_dir), quiet=args.process_index > 0)
-    checkpoint = Path(wanted)
-    reason = flaw(checkpoint) if checkpoint.is_dir() else "does not exist"
-    if reason is not None:
-        near = [other for run in (checkpoint, checkpoint.parent) for other in checkpoints_of(run) if not flaw(other)]
-        remedy = f"; the newest is {near[0]}" if near else ""
-        raise UsageError(f"--resume_from_checkpoint {wanted} is no checkpoint folder: it {reason}{remedy}")
+    found: list[Path | UsageError | None] = [None]
+    if args.process_index == 0:
+        try:
+            found = [_newest(Path(args.output_dir)) if wanted == NEWEST else _named(Path(wanted))]
+        except UsageError as error:
+            found = [error]
+    (checkpoint,) = broadcast_object_list(found)
+    if isinstance(checkpoint, UsageError):
+        raise checkpoint
     return checkpoint
 
 
-def _newest(run: Path, quiet: bool) -> Path:
+def _named(checkpoint: Path) -> Path:
+    reason = flaw(checkpoint) if checkpoint.is_dir() else "does not exist"
+    if reason is None:
+        return checkpoint
+    others = [other for run in (checkpoint, checkpoint.parent) for other in checkpoints_of(run)]
+    newest = next((other for other in others if other != checkpoint and flaw(other) is None), None)
+    remedy = f"; the newest is {newest}" if newest else ""
+    raise UsageError(f"--resume_from_checkpoint {checkpoint} is no checkpoint to go on from: it {reason}{remedy}")
+
+
+def _newest(run: Path) -> Path:
     for checkpoint in checkpoints_of(run):
         reason = flaw(checkpoint)
         if reason is None:
             return checkpoint
-        if not quiet:
-            print(f"{checkpoint} {reason}: passed over")
+        print(f"{checkpoint} {reason}: passed over")
     remedy = "start over with --overwrite_output_dir" if (run / CONFIG).is_file() else "train without it first"
     raise UsageError(f"--resume_from_checkpoint: {run} holds no checkpoint that is whole; {remedy}")
 

@@ -1,10 +1,7 @@
 """`BlueberryTrainer`: transformers' Trainer with the hybrid optimizer."""
 
 import math
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import UsageError
@@ -24,6 +21,7 @@ from ..optim.build import build_optimizer
 from ..optim.composed import ComposedOptimizer
 from ..optim.param_groups import check_holds_trainable_parameters
 from .arguments import BlueberryTrainingArguments
+from .checkpointing import CheckpointingTrainer
 from .replacing import AUDIT
 from .run_folder import write_json
 
@@ -67,16 +65,6 @@ def _save_audit(folder: str, optimizer: ComposedOptimizer) -> None:
     (Path(folder) / AUDIT).with_suffix(".md").write_text(format_audit(rows))
 
 
-@contextmanager
-def _explained(checkpoint: str | None) -> Iterator[None]:
-    """A checkpoint of another model or optimizer in one line."""
-    try:
-        yield
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"checkpoint {checkpoint} does not fit this model and optimizer: {reason}") from error
-
-
 def steps_for(args: TrainingArguments, train_dataset: Dataset | None) -> int:
     """The least optimizer steps that see `args.train_tokens` tokens over all processes.
 
@@ -102,7 +90,7 @@ def steps_for(args: TrainingArguments, train_dataset: Dataset | None) -> int:
     return passes * math.ceil(windows / per_step) + math.ceil(rest / per_step)
 
 
-class BlueberryTrainer(Trainer):
+class BlueberryTrainer(CheckpointingTrainer):
     """Trainer whose optimizer is `build_optimizer(model, args)`.
 
     Gradients are clipped inside the optimizer, group by group (AdamW's by default); `max_grad_norm` sets the bound and
@@ -206,29 +194,6 @@ class BlueberryTrainer(Trainer):
         position = super()._init_training_state(max_steps, *positional)
         self.state.compute_steps(self.args, max_steps)
         return position
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *positional: Any) -> None:
-        with _explained(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *positional)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _explained(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Every weight must come from the checkpoint; a tied one does under its other name."""
-        differing = {*load_result.missing_keys, *load_result.unexpected_keys} - self.model.all_tied_weights_keys.keys()
-        if differing:
-            raise RuntimeError(f"{sorted(differing)[0]} is in one of them only")
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's; safetensors lets only the owner read its files: they get the mode of the others."""
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        for path in folder.glob("*.safetensors"):
-            shutil.copymode(folder / "training_args.bin", path)
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed after the last step: Trainer would take one more
