@@ -74,8 +74,8 @@ class Sphere:
     radius: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
-        if self.mode not in _SPHERE_DIMS:
-            raise UsageError(f"mode={self.mode!r} is unknown: use one of {', '.join(_SPHERE_DIMS)}")
+        if self.mode not in SPHERE_DIMS:
+            raise UsageError(f"mode={self.mode!r} is unknown: use one of {', '.join(SPHERE_DIMS)}")
         if not isinstance(self.radius, Tensor):
             check_radius(self.radius)
 
@@ -96,7 +96,7 @@ class Sphere:
     def norm(self, matrix: Tensor) -> Tensor:
         """Norm of each vector with its dimensions kept, such as (..., out, 1), in float32 at least."""
         dtype = torch.promote_types(matrix.dtype, torch.float32)
-        return torch.linalg.vector_norm(matrix, dim=_SPHERE_DIMS[self.mode], keepdim=True, dtype=dtype)
+        return torch.linalg.vector_norm(matrix, dim=SPHERE_DIMS[self.mode], keepdim=True, dtype=dtype)
 
     def distance(self, matrix: Tensor) -> Tensor:
         """|norm - radius| of each vector, in float64, dimensions kept."""
@@ -117,10 +117,10 @@ class Sphere:
         return self.nearest_point(torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
 
     def _inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x * y).sum(dim=_SPHERE_DIMS[self.mode], keepdim=True)
+        return (x * y).sum(dim=SPHERE_DIMS[self.mode], keepdim=True)
 
 
-_SPHERE_DIMS: dict[str, tuple[int, ...]] = {"per_row": (-1,), "per_column": (-2,), "whole": (-2, -1)}
+SPHERE_DIMS: dict[str, tuple[int, ...]] = {"per_row": (-1,), "per_column": (-2,), "whole": (-2, -1)}
 
 
 def check_radius(radius: float) -> None:

@@ -49,7 +49,7 @@ class TangentStep(NamedTuple):
     `direction` (batch, long, short): tangent, ||direction||_2 = 1 (0 for a zero gradient), <gradient, direction> > 0.
     `dual_variable` (batch, short, short): L for the gradient scaled to norm_F 1; warm-starts the next call.
     `residual` (batch,): norm_F(W^T A + A^T W) / norm_F(A) of the dual iterate A, before it is made tangent.
-    `iterations`: of the dual, one eigendecomposition each; clipping takes another.
+    `iterations`: of the dual, one eigendecomposition each, of the matrix that took most; clipping takes another.
     """
 
     direction: Tensor
@@ -76,7 +76,7 @@ def steepest_tangent_step(
         solver: one of `SOLVERS`.
         dual_steps: iterations at most; square matrices, and `projected`, take one.
         dual_lr: first step of `dual_ascent` on L/2, relative to the mean singular value of X.
-        tolerance: stop when `residual` of every matrix is below. 0.1 leaves 1% of the objective, 0.05
+        tolerance: a matrix is done when its `residual` is below. 0.1 leaves 1% of the objective, 0.05
             half of that.
     """
     check_solver(solver, dual_steps, dual_lr)
@@ -107,6 +107,10 @@ class _Problem(NamedTuple):
     noise: Tensor  # (batch, 1): rounding errors of C
     is_square: bool
 
+    def of(self, some: Tensor) -> "_Problem":
+        """Some matrices of the batch."""
+        return _Problem(self.inner[some], self.skew[some], self.outer[some], self.noise[some], self.is_square)
+
 
 class _Weights(NamedTuple):
     """M = V diag(m) V^T."""
@@ -127,28 +131,37 @@ def _problem(point: Tensor, gradient: Tensor) -> _Problem:
 def _iterate(
     problem: _Problem, dual: Tensor, solver: str, steps: int, dual_lr: float, tolerance: float
 ) -> tuple[Tensor, _Weights, Tensor, int]:
-    """(L, M of the last iteration, residual, iterations)."""
-    for step in range(steps):
-        y = problem.skew + dual
-        weights = _weights(problem, y)
-        in_basis = weights.vectors.mT @ y @ weights.vectors
-        skew, symmetric = (in_basis - in_basis.mT) / 2, (in_basis + in_basis.mT) / 2
-        weights = weights._replace(skew=skew)
-        half = in_basis / weights.roots.mT  # W^T A = Y M^-1
-        residual_matrix = half + half.mT
-        residual = torch.linalg.matrix_norm(residual_matrix) / y.shape[-1] ** 0.5
-        if steps == 1:
-            return dual, weights, residual, 1
-        if solver == "reweighted":
-            minimum = skew * (weights.roots.mT - weights.roots) / (weights.roots.mT + weights.roots)
-            symmetric = symmetric.lerp(minimum, _OVER_RELAXATION)
-        else:
-            size = 2 * dual_lr * (1 - step / steps) * weights.roots.mean(dim=(-2, -1), keepdim=True)
-            symmetric = symmetric - size * residual_matrix
-        dual = _conjugate(weights.vectors, symmetric)
-        if residual.max().item() < tolerance:
-            break
-    return dual, weights, residual, step + 1
+    """(L, M of the last iteration, residual, iterations). A matrix is done by itself, whatever is solved beside it."""
+    dual, weights, residual = _improved(problem, dual, solver, dual_lr if steps > 1 else None)
+    for step in range(1, steps):
+        active = (~(residual < tolerance)).nonzero().squeeze(-1)
+        if not len(active):
+            return dual, weights, residual, step
+        found = _improved(problem.of(active), dual[active], solver, dual_lr * (1 - step / steps))
+        for kept, new in zip((dual, *weights, residual), (found[0], *found[1], found[2]), strict=True):
+            kept[active] = new
+    return dual, weights, residual, steps
+
+
+def _improved(problem: _Problem, dual: Tensor, solver: str, dual_lr: float | None) -> tuple[Tensor, _Weights, Tensor]:
+    """One iteration: (the next L, M of the present one, its residual); with `dual_lr` None L stays."""
+    y = problem.skew + dual
+    weights = _weights(problem, y)
+    in_basis = weights.vectors.mT @ y @ weights.vectors
+    skew, symmetric = (in_basis - in_basis.mT) / 2, (in_basis + in_basis.mT) / 2
+    weights = weights._replace(skew=skew)
+    half = in_basis / weights.roots.mT  # W^T A = Y M^-1
+    residual_matrix = half + half.mT
+    residual = torch.linalg.matrix_norm(residual_matrix) / y.shape[-1] ** 0.5
+    if dual_lr is None:
+        return dual, weights, residual
+    if solver == "reweighted":
+        minimum = skew * (weights.roots.mT - weights.roots) / (weights.roots.mT + weights.roots)
+        symmetric = symmetric.lerp(minimum, _OVER_RELAXATION)
+    else:
+        size = 2 * dual_lr * weights.roots.mean(dim=(-2, -1), keepdim=True)
+        symmetric = symmetric - size * residual_matrix
+    return _conjugate(weights.vectors, symmetric), weights, residual
 
 
 def _direction(point: Tensor, gradient: Tensor, problem: _Problem, weights: _Weights) -> Tensor:

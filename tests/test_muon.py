@@ -157,7 +157,7 @@ def test_a_stack_of_experts_cut_by_batch_bytes_steps_as_one():
     for params, size in ((whole, 2**20), (cut, 1500)):
         optimizer = Muon(params, batch_bytes=size, neuron_beta=0.9)
         steps(optimizer, params, range(2))
-    assert len(list(optimizer._batches(optimizer.param_groups[0]))) > 2
+    assert len(list(optimizer._pieces(optimizer.param_groups[0]))) > 2
     torch.testing.assert_close(whole, cut, rtol=0, atol=1e-12)
 
 

@@ -129,6 +129,7 @@ def rows_of(run: Path) -> pd.DataFrame:
 
 
 def test_two_processes_train_one_model(arguments, tmp_path):
+    """Through accelerate's launcher and DDP, with Newton-Schulz shared out."""
     folder = tmp_path / "two"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
                "scripts/accelerate_configs/multi_cpu.yaml", "--main_process_port", "0", "scripts/train_llm.py",

@@ -87,6 +87,7 @@ class ManifoldConstraintCallback(TrainerCallback):
             writer = self.tensorboard.writer(args, state)
             for name, value in self.latest.items():
                 writer.add_scalar(name, value, state.global_step)
+            writer.flush()  # a checkpoint may follow
 
     def _check(self, state: TrainerState, control: TrainerControl) -> None:
         report = self._optimizer.check_constraints()

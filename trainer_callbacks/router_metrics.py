@@ -96,6 +96,7 @@ class RouterMetricsCallback(TrainerCallback):
         blocks = {f"layer {layer}": row[None] for layer, row in zip(self.latest, shares, strict=True)}
         image = heatmap("share of tokens per expert", blocks, experts, across="expert")
         writer.add_image("router/load", image, step, dataformats="HWC")
+        writer.flush()  # a checkpoint may follow
 
 
 def _charts(layers: Iterable[int]) -> Charts:

@@ -100,6 +100,7 @@ class StepTimeCallback(TrainerCallback):
             writer = self.tensorboard.writer(args, state)
             for name, value in self.summary(self._logged).items():
                 writer.add_scalar(f"time/{name}", value, state.global_step)
+            writer.flush()  # a checkpoint may follow
             self._logged = len(self._steps)
 
     def summary(self, first: int = 0) -> dict[str, float]:

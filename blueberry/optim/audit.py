@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..threads import one_blas_thread
+from .distributed import copies, groups_of
 from .finite import whole
 from .muon import Muon
 
@@ -45,19 +47,20 @@ class UpdateMeter:
     def watch(self, muon: Muon) -> Iterator[None]:
         """Measure the step of `muon` that is made within the context."""
         step = _StepMeasurement(muon)
-        muon._step_batch, muon.orthogonalize = step.step_batch, step.orthogonalize  # shadows, on this object only
+        # shadows, on this object only
+        muon._updates, muon.orthogonalize, muon._move = step.updates, step.orthogonalize, step.move
         try:
             yield
         finally:
-            del muon._step_batch, muon.orthogonalize
-        self.measurements |= {name: sums.row() for name, sums in step.sums.items()}
+            del muon._updates, muon.orthogonalize, muon._move
+        self.measurements |= {name: sums.row() for name, sums in step.of_all_ranks(muon).items()}
 
 
 @dataclass
 class _Sums:
     """Of one parameter in one step, over the pieces that Muon cuts it into."""
 
-    matrices: int = 0
+    matrices: float = 0  # a rank counts its share of what several do alike
     singular_values: list[float] = field(default_factory=list)
     squared_change: float = 0.0
     squared_weight: float = 0.0
@@ -66,54 +69,78 @@ class _Sums:
     def row(self) -> Row:
         says_something = self.lr > 0 and self.squared_weight > 0
         ratio = math.sqrt(self.squared_change / self.squared_weight) if says_something else None
-        row: Row = {"orthogonalizations": self.matrices, "update_to_weight_ratio": ratio}
+        row: Row = {"orthogonalizations": round(self.matrices), "update_to_weight_ratio": ratio}
         if self.singular_values:
             row["singular_values"] = [min(self.singular_values), max(self.singular_values)]
         return row
 
 
+def _added(sums: Sequence[_Sums]) -> _Sums:
+    """Those of one parameter, from several ranks."""
+    return _Sums(
+        sum(one.matrices for one in sums),
+        [value for one in sums for value in one.singular_values],
+        sum(one.squared_change for one in sums),
+        sum(one.squared_weight for one in sums),
+        max((one.lr for one in sums), default=0.0),
+    )
+
+
 class _StepMeasurement:
-    """Stands in for the two methods of a Muon during one step."""
+    """Stands in for three methods of a Muon during one step."""
 
     def __init__(self, muon: Muon):
         self.sums: dict[str, _Sums] = defaultdict(_Sums)
         self._names = parameter_names(muon)
-        self._inner_step_batch, self._inner_orthogonalize = muon._step_batch, muon.orthogonalize
-        self._batch: list[str] = []  # names of the pieces in the works
+        self._inner_updates, self._inner_move = muon._updates, muon._move
+        self._inner_orthogonalize = muon.orthogonalize
+        self._batch: list[Any] = []  # the pieces in the works
         self._sampled: set[tuple[str, torch.Size]] = set()
 
-    def step_batch(self, pieces: list[Any], group: dict[str, Any]) -> None:
-        weights = [piece.weight for piece in pieces]
-        before = [weight.detach().clone() for weight in weights]
-        self._batch = [self._name(weight) for weight in weights]
-        self._inner_step_batch(pieces, group)
-        for name, old, new in zip(self._batch, before, weights, strict=True):
-            sums = self.sums[name]
-            sums.squared_weight += _squared_norm(old)
-            sums.squared_change += _squared_norm(new - old)
-            sums.lr = float(group["lr"])
+    def updates(self, pieces: list[Any], directions: Tensor) -> Sequence[Tensor]:
+        self._batch = pieces
+        return self._inner_updates(pieces, directions)
+
+    def move(self, piece: Any, results: list[Tensor]) -> None:
+        before = piece.weight.detach().clone()
+        self._inner_move(piece, results)
+        sums = self._sums(piece)
+        sums.squared_weight += _squared_norm(before)
+        sums.squared_change += _squared_norm(piece.weight - before)
+        sums.lr = float(piece.group["lr"])
 
     def orthogonalize(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
         update = self._inner_orthogonalize(directions, group)
         matrices = update.reshape(len(self._batch), -1, *update.shape[-2:])  # (pieces, matrices, out, in)
-        for name in self._batch:
-            self.sums[name].matrices += matrices.shape[1]
+        for piece in self._batch:
+            self._sums(piece).matrices += matrices.shape[1] / copies(piece.parameter, piece.holding)
         self._sample(matrices)
         return update
+
+    def of_all_ranks(self, muon: Muon) -> dict[str, _Sums]:
+        """The sums, also over the ranks that work on the parameters with this one."""
+        found = [dict(self.sums)]
+        example = next(iter(self._names), None)
+        for ranks in [] if example is None else groups_of(example, muon.replicas):
+            gathered: list[Any] = [None] * ranks.size()
+            dist.all_gather_object(gathered, found, group=ranks)
+            found = [sums for of_rank in gathered for sums in of_rank]
+        names = [name for name in self._names.values() if any(name in sums for sums in found)]
+        return {name: _added([sums[name] for sums in found if name in sums]) for name in names}
 
     def _sample(self, matrices: Tensor) -> None:
         """Of each kind of parameter in the batch the matrix with the largest norm, once a step."""
         largest, which = torch.linalg.vector_norm(matrices, dim=(-2, -1)).max(dim=1)
-        for piece in largest.argsort(descending=True).tolist():
-            kind = _NUMBER.sub("{}", self._batch[piece]), matrices.shape[-2:]
+        for index in largest.argsort(descending=True).tolist():
+            piece = self._batch[index]
+            kind = _NUMBER.sub("{}", self._names[piece.parameter]), matrices.shape[-2:]
             if kind not in self._sampled:
                 self._sampled.add(kind)
-                matrix = matrices[piece, which[piece]]
-                self.sums[self._batch[piece]].singular_values += _singular_value_range(matrix)
+                matrix = matrices[index, which[index]]
+                self._sums(piece).singular_values += _singular_value_range(matrix)
 
-    def _name(self, weight: Tensor) -> str:
-        """Of a parameter, or of the one that `weight` is a view of."""
-        return self._names[weight if weight in self._names else weight._base]
+    def _sums(self, piece: Any) -> _Sums:
+        return self.sums[self._names[piece.parameter]]
 
 
 def parameter_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:

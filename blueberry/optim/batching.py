@@ -10,24 +10,30 @@ class _HasWeight(Protocol):
     @property
     def weight(self) -> Tensor: ...
 
+    @property
+    def group(self) -> dict[str, Any]: ...
+
 
 _Piece = TypeVar("_Piece", bound=_HasWeight)
 Fitting = Callable[[Tensor], int]  # how many weights like this one to take at once, at least one
 
 
 def in_batches(pieces: Iterable[_Piece], fitting: Fitting) -> Iterator[list[_Piece]]:
-    """Pieces whose weights have one shape, dtype and device, at most `fitting(weight)` of them at once."""
+    """Pieces of one group whose weights have one shape, dtype and device, at most `fitting(weight)` at once."""
     alike: dict[Any, list[_Piece]] = {}
     for piece in pieces:
-        alike.setdefault((piece.weight.shape, piece.weight.dtype, piece.weight.device), []).append(piece)
+        kind = id(piece.group), piece.weight.shape, piece.weight.dtype, piece.weight.device
+        alike.setdefault(kind, []).append(piece)
     for some in alike.values():
         size = fitting(some[0].weight)
         for start in range(0, len(some), size):
             yield some[start : start + size]
 
 
-def expert_slices(stack: Tensor, fitting: Fitting) -> Iterator[slice]:
-    """The experts of a stack (experts, out, in), as many at once as fit."""
-    experts = fitting(stack[0])
+def expert_slices(stack: Tensor, fitting: Fitting, parts: int = 1) -> Iterator[slice]:
+    """The experts of a stack (experts, out, in) in at least `parts` slices, as many experts in each as fit."""
+    if not stack.numel():
+        return
+    experts = min(fitting(stack[0]), -(-len(stack) // parts))
     for start in range(0, len(stack), experts):
         yield slice(start, start + experts)

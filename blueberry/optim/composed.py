@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
@@ -124,6 +125,15 @@ class ComposedOptimizer(Optimizer):
         if not any(param_group is group for group in part.param_groups):
             part.add_param_group(param_group)
         super().add_param_group(param_group)
+
+    def share_work(self, ranks: ProcessGroup | None) -> None:
+        """Let the ranks of a group that all hold the same weights (DDP) share Newton-Schulz and the Stiefel solver.
+
+        None, as at first: each rank does all of it. Sharded weights (FSDP2) need no such call.
+        """
+        for part in self.optimizers.values():
+            if isinstance(part, Muon | ManifoldOptimizer):
+                part.replicas = ranks
 
     def audit(self) -> list[Row]:
         """One row for each parameter: name, shape, optimizer, group, reason.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .finite import whole
 from .manifold_base import ManifoldOptimizer
 from .manifold_weights import TOLERANCE, stiefel_singular_values
 from .stiefel_muon import StiefelMuon
@@ -70,7 +71,7 @@ def _spectra(part: StiefelMuon) -> dict[str, dict[str, float]]:
         family = group.get("name", "weights")
         solver[family] = {name: float(group[name]) for name in ("tangency_residual", "dual_iterations")}
         for parameter in group["params"]:
-            weight = part.exact_weight(parameter)
+            weight = whole(part.exact_weight(parameter))
             ranges.setdefault(family, []).append(stiefel_singular_values(weight, group["radius"], group["layout"]))
     return {
         family: {"sigma_min": torch.cat(r)[:, 0].min().item(), "sigma_max": torch.cat(r)[:, 1].max().item()}

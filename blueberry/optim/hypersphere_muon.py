@@ -3,16 +3,21 @@
 J. Bernstein, "Modular Manifolds", Thinking Machines Lab, 2025. See docs/manifold_muon.md for the equations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from ..manifolds import Sphere, SphereMode
-from .manifold_base import ManifoldOptimizer
+from ..manifolds import SPHERE_DIMS, Sphere, SphereMode
+from .distributed import Alone, Holding, Task, copy_whole, holding, new_state, slab_of
+from .finite import whole
+from .manifold_base import ManifoldOptimizer, Piece
 from .manifold_weights import TOLERANCE, put_on_manifold, radius_errors
+
+_OF_VECTORS = ("radius", "gradient_norm_squared")  # state with one number for each vector
 
 
 class HypersphereMuon(ManifoldOptimizer):
@@ -62,7 +67,8 @@ class HypersphereMuon(ManifoldOptimizer):
         state = self.state.get(parameter, {})
         if group["radius"] is None and "radius" not in state:
             return torch.zeros(0, dtype=torch.float64)
-        return radius_errors(self.exact_weight(parameter), self._sphere(state, group))
+        state = {name: whole(tensor) for name, tensor in state.items()}
+        return radius_errors(state.get("master_weight", whole(parameter.detach())), self._sphere(state, group))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -74,21 +80,27 @@ class HypersphereMuon(ManifoldOptimizer):
         state = self.state.get(parameter, {})
         if group["radius"] is None and "radius" not in state:
             return  # the first step finds it
-        sphere = self._sphere(state, group)
+        sphere = self._sphere({name: whole(tensor) for name, tensor in state.items()}, group)
         if group["radius"] is not None:
             self._refuse_zeros(name, parameter, sphere)
         errors = lambda weight: radius_errors(weight, sphere)
         repair = group["init_on_manifold"]
         put_on_manifold(name, parameter, errors, sphere.nearest_point, TOLERANCE["hypersphere_muon"], repair, when)
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = super()._state_of(parameter, group)
+    def _state_of(self, parameter: Tensor, held: Holding, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Radii are those of the first step; a mean of squared norms below 0 stands for none yet."""
+        state = super()._state_of(parameter, held, group)
+        shape = _norms_shape(parameter.shape, group["mode"])
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
         if group["radius"] is None and "radius" not in state:
-            state["radius"] = Sphere(group["mode"]).norm(parameter.detach())
+            state["radius"] = new_state(parameter, held, shape, dtype)
+            copy_whole(state["radius"], Sphere(group["mode"]).norm(whole(parameter.detach())))
+        if group["beta2"] and "gradient_norm_squared" not in state:
+            state["gradient_norm_squared"] = new_state(parameter, held, shape, dtype).fill_(-1.0)
         return state
 
     def _refuse_zeros(self, name: str, parameter: Tensor, sphere: Sphere) -> None:
-        zeros = (sphere.norm(parameter.detach()) == 0).flatten().nonzero()
+        zeros = (sphere.norm(whole(parameter.detach())) == 0).flatten().nonzero()
         if len(zeros):
             raise UsageError(
                 f"{name} has a zero vector (number {zeros[0].item()}), which cannot be scaled to radius "
@@ -101,23 +113,73 @@ class HypersphereMuon(ManifoldOptimizer):
     def _on_manifold(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
         return weight  # its norms define the radius, or were checked against it
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        for piece in self._pieces(group):
-            sphere, weight = self._sphere(piece.state, group), piece.weight
-            gradient = sphere.projection(weight, piece.gradient.to(weight.dtype))
-            if group["momentum"]:  # transport by projection onto the tangent space at the present point
-                buffer = piece.state["momentum_buffer"]
-                buffer.copy_(sphere.projection(weight, buffer))
-            direction = sphere.projection(weight, piece.with_momentum(gradient, group))
-            lengths = self._lengths(sphere.norm(direction), sphere.norm(gradient), piece.state, group)
-            size = -group["lr"] * piece.scale * sphere.radius
-            piece.move_to(sphere.retraction(weight, direction * (size * lengths).to(weight.dtype)))
+    def _holding(self, parameter: Tensor, group: dict[str, Any]) -> Holding:
+        """Work on vectors is too little to be shared: whole ones are stepped by every rank that has them."""
+        held = holding(parameter, None)
+        if isinstance(parameter, DTensor) and not isinstance(held, Alone):
+            cut = {placement.dim for placement in parameter.placements if not placement.is_replicate()}
+            if not cut & {dim % parameter.ndim for dim in SPHERE_DIMS[group["mode"]]}:
+                return Alone()
+        return held
 
-    def _lengths(self, norm: Tensor, gradient_norm: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+    def _step_alone(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            piece.move_to(self._moved(piece))
+
+    def _task(self, piece: Piece) -> Task:
+        """Weight, state and gradient travel; the first two come back."""
+        weight = slab_of(piece.holding, tuple(piece.shape))
+        norms = slab_of(piece.holding, _norms_shape(piece.shape, piece.group["mode"]), is_state=True)
+        state = [norms if name in _OF_VECTORS else weight for name in _state_names(piece)]
+        size = piece.shape.numel()
+        return Task(piece, (weight, *state, weight), 1 + len(state), size, piece.weight.dtype, piece.weight.device)
+
+    def _load(self, piece: Piece) -> list[Tensor]:
+        return [piece.weight, *(piece.state[name] for name in _state_names(piece)), piece.gradient]
+
+    def _work(self, pieces: list[Piece], wholes: list[list[Tensor]]) -> list[list[Tensor]]:
+        results = []
+        for piece, (weight, *values, gradient) in zip(pieces, wholes, strict=True):
+            state = dict(zip(_state_names(piece), values, strict=True))
+            weight = self._moved(piece._replace(weight=weight, gradient=gradient, state=state))
+            results.append([weight, *state.values()])
+        return results
+
+    def _store(self, piece: Piece, results: list[Tensor]) -> None:
+        weight, *state = results
+        piece.move_to(weight)
+        for name, value in zip(_state_names(piece), state, strict=True):
+            piece.state[name].copy_(value)
+
+    def _moved(self, piece: Piece) -> Tensor:
+        """The new weight of a piece with whole vectors; its state changes in place."""
+        group, weight = piece.group, piece.weight
+        sphere = self._sphere(piece.state, group)
+        gradient = sphere.projection(weight, piece.gradient.to(weight.dtype))
+        if group["momentum"]:  # transport by projection onto the tangent space at the present point
+            buffer = piece.state["momentum_buffer"]
+            buffer.copy_(sphere.projection(weight, buffer))
+        direction = sphere.projection(weight, piece.with_momentum(gradient))
+        lengths = self._lengths(sphere.norm(direction), sphere.norm(gradient), piece)
+        size = -group["lr"] * piece.scale * sphere.radius
+        return sphere.retraction(weight, direction * (size * lengths).to(weight.dtype))
+
+    def _lengths(self, norm: Tensor, gradient_norm: Tensor, piece: Piece) -> Tensor:
         """Factors that give every vector's direction the length it moves, in radii per lr."""
-        if not group["beta2"]:
+        beta2 = piece.group["beta2"]
+        if not beta2:
             return torch.where(norm > 0, 1 / norm, 0.0)
-        if "gradient_norm_squared" not in state:
-            state["gradient_norm_squared"] = gradient_norm.square()
-        mean = state["gradient_norm_squared"].lerp_(gradient_norm.square(), 1 - group["beta2"])
+        mean, square = piece.state["gradient_norm_squared"], gradient_norm.square()
+        mean.copy_(torch.where(mean < 0, square, mean.lerp(square, 1 - beta2)))
         return torch.where(mean > 0, 1 / mean.sqrt().maximum(norm), 0.0)
+
+
+def _norms_shape(shape: Sequence[int], mode: SphereMode) -> tuple[int, ...]:
+    """Of one number for each vector, dimensions kept."""
+    reduced = {dim % len(shape) for dim in SPHERE_DIMS[mode]}
+    return tuple(1 if dim in reduced else size for dim, size in enumerate(shape))
+
+
+def _state_names(piece: Piece) -> list[str]:
+    """What of the state travels: not the copy of the weight, which does so itself."""
+    return [name for name in piece.state if name != "master_weight"]

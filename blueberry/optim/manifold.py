@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from ..errors import UsageError
 from ..manifolds import Sphere, check_radius
 from .composed import ComposedOptimizer
+from .finite import whole
 from .groups import adamw_groups, adamw_part, matrix_groups, pop_adamw_settings
 from .hypersphere_muon import HypersphereMuon
 from .manifold_weights import TOLERANCE, put_on_manifold, radius_errors
@@ -175,7 +176,7 @@ def _put_on_sphere(groups: Sequence[dict[str, Any]], radius: float | None, repai
         if parameter.is_meta:
             raise UsageError(f"{name} is on the meta device, where its rows cannot get norm {radius}: use "
                              "hypersphere_radius=None and initialize them so")  # fmt: skip
-        weight = parameter.detach()
+        weight = whole(parameter.detach())
         norms = Sphere().norm(weight)
         if not norms.any():
             raise UsageError(f"{name} is zero, so its rows cannot get norm {radius}: initialize it")

@@ -5,31 +5,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from .finite import gradient_norms
+from .distributed import Alone, Holding, Steps, Task, copy_whole, local, run_tasks
+from .finite import gradient_norms, whole
 from .manifold_weights import is_low_precision
 from .muon import restore_state_dtype
+from .sharing import BUCKET_BYTES
 
 
 class Piece(NamedTuple):
-    """Some matrices of a parameter with what belongs to them: all views. `weight` is the float32 one."""
+    """What this rank holds of some matrices, with what belongs to them: all views. `weight` is the float32 one."""
 
     parameter: Tensor
     weight: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
     scale: float  # on the learning rate
+    shape: torch.Size  # of the whole weight, whose slab `weight` may be
+    holding: Holding
+    group: dict[str, Any]
 
-    def with_momentum(self, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def with_momentum(self, gradient: Tensor) -> Tensor:
         """What Muon steps along, after the buffer has taken up the gradient."""
-        momentum = group["momentum"]
+        momentum = self.group["momentum"]
         if momentum == 0:
             return gradient
         buffer = self.state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum) if group["nesterov"] else buffer
+        return gradient.lerp(buffer, momentum) if self.group["nesterov"] else buffer
 
     def move_to(self, weight: Tensor) -> None:
         """Write the new weight, and its rounding if the parameter is narrower."""
@@ -43,10 +48,14 @@ class ManifoldOptimizer(Optimizer):
 
     Weights narrower than float32 have a float32 copy, `master_weight`, in the state: it is what keeps the constraint,
     and the weight is its rounding. State tensors are float32 (float64 for float64 weights).
+
+    Weights may be DTensors, and `replicas` and `bucket_bytes` are those of Muon.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any]):
         self._was_checked = False  # since construction or loading
+        self.bucket_bytes = BUCKET_BYTES
+        self.replicas: ProcessGroup | None = None
         super().__init__(params, defaults | {"lr_scales": None, "skipped_steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -81,7 +90,7 @@ class ManifoldOptimizer(Optimizer):
             for name, parameter in named(group):
                 exact = self.exact_weight(parameter)
                 self._settle(name, exact, group)
-                if exact.data_ptr() != parameter.data_ptr():
+                if "master_weight" in self.state.get(parameter, {}):
                     parameter.detach().copy_(exact)
 
     def exact_weight(self, parameter: Tensor) -> Tensor:
@@ -89,7 +98,8 @@ class ManifoldOptimizer(Optimizer):
         return self.state.get(parameter, {}).get("master_weight", parameter).detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_was_checked": self._was_checked}
+        own = {"_was_checked": self._was_checked, "bucket_bytes": self.bucket_bytes}
+        return {**super().__getstate__(), **own, "replicas": None}  # a process group cannot be copied
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -109,8 +119,11 @@ class ManifoldOptimizer(Optimizer):
                 group["skipped_steps"] += 1
             return loss
         self._check_once()
-        for group in self.param_groups:
-            self._step_group(group)
+        pieces = [piece for group in self.param_groups for piece in self._pieces(group)]
+        self._step_alone([piece for piece in pieces if isinstance(piece.holding, Alone)])
+        shared = [(piece.holding, self._task(piece)) for piece in pieces if not isinstance(piece.holding, Alone)]
+        run_tasks(shared, Steps(self._load, self._work, self._store), self.bucket_bytes)
+        self._after_step()
         return loss
 
     def _check_once(self) -> None:
@@ -138,26 +151,49 @@ class ManifoldOptimizer(Optimizer):
     def _settle(self, name: str, parameter: Tensor, group: dict[str, Any], when: str = "") -> None:
         raise NotImplementedError
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_alone(self, pieces: list[Piece]) -> None:
+        """Step pieces of which everything that the step needs is on this rank."""
+        raise NotImplementedError
+
+    def _task(self, piece: Piece) -> Task:
+        """What travels of a piece that ranks work on together: what `_load` returns."""
+        raise NotImplementedError
+
+    def _load(self, piece: Piece) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _work(self, pieces: list[Piece], wholes: list[list[Tensor]]) -> list[list[Tensor]]:
+        raise NotImplementedError
+
+    def _store(self, piece: Piece, results: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _after_step(self) -> None:
+        """What there is to note when every piece has moved."""
+
+    def _holding(self, parameter: Tensor, group: dict[str, Any]) -> Holding:
         raise NotImplementedError
 
     def _pieces(self, group: dict[str, Any]) -> Iterator[Piece]:
-        """Every parameter with a gradient, whole."""
+        """Every parameter with a gradient."""
         scales = group["lr_scales"] or [1.0] * len(group["params"])
         for parameter, scale in zip(group["params"], scales, strict=True):
             if parameter.grad is not None and parameter.numel():
-                state = self._state_of(parameter, group)
-                weight = state.get("master_weight", parameter)
-                yield Piece(parameter, weight, parameter.grad, state, scale)
+                held = self._holding(parameter, group)
+                state = {name: local(tensor) for name, tensor in self._state_of(parameter, held, group).items()}
+                own = local(parameter)
+                weight = state.get("master_weight", own)
+                yield Piece(own, weight, local(parameter.grad), state, scale, parameter.shape, held, group)
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor, held: Holding, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, created when first asked for."""
         state = self.state[parameter]
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
         if is_low_precision(parameter) and "master_weight" not in state:
-            state["master_weight"] = self._on_manifold(parameter.to(dtype), group)
+            state["master_weight"] = parameter.detach().to(dtype)
+            copy_whole(state["master_weight"], self._on_manifold(whole(state["master_weight"]), group))
         return state
 
     def _on_manifold(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
@@ -177,5 +213,3 @@ def _check_parameter(optimizer: str, name: str, parameter: Tensor) -> None:
                          "in); give it to AdamW")  # fmt: skip
     if not parameter.is_floating_point():
         raise UsageError(f"{name} is {parameter.dtype}: {optimizer} takes real floating-point parameters")
-    if isinstance(parameter, DTensor):
-        raise UsageError(f"{name} is sharded: {optimizer} needs whole matrices, train with DDP")

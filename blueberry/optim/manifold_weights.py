@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..manifolds import Sphere, Stiefel, tall
+from .distributed import copy_whole
+from .finite import whole
 from .splits import cut
 
 TOLERANCE = {"stiefel_muon": 1e-4, "hypersphere_muon": 1e-6}
@@ -65,16 +67,17 @@ def put_on_manifold(
 
     Raises UsageError when it is off and `repair` is False, or when there is no nearest point; warns if `when` is set.
     """
-    worst = errors(parameter.detach()).max().item() if parameter.numel() else 0.0
+    present = whole(parameter.detach())
+    worst = errors(present).max().item() if present.numel() else 0.0
     tolerance += rounding_bound(parameter)
     if worst <= tolerance:
         return
     if not repair:
         raise UsageError(f"{name} is off its manifold by {worst:.3g}, more than {tolerance:.3g}: use "
                          "init_on_manifold=True to project it")  # fmt: skip
-    wide = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    wide = present.to(torch.promote_types(parameter.dtype, torch.float32))
     try:
-        parameter.copy_(nearest(wide))
+        copy_whole(parameter, nearest(wide))
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
     if when:

@@ -4,15 +4,20 @@ K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", htt
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..polar import coefficient_steps, fastest_dtype, newton_schulz
 from .batching import expert_slices, in_batches
+from .costs import newton_schulz_flops
+from .distributed import Alone, Anyhow, Holding, Slabs, Steps, Task, holding, local, new_state, run_tasks, slab_of
+from .sharing import BUCKET_BYTES
 from .splits import cut, join
 
 SCALE_MODES = ("shape", "rms_match", "none")
@@ -35,11 +40,15 @@ def update_scale(scale_mode: str, out_features: int, in_features: int) -> float:
 
 
 class _Piece(NamedTuple):
-    """A parameter, or some experts of one, with what belongs to it: all views."""
+    """What this rank holds of a parameter, or of some experts of one, with what belongs to it: all views."""
 
+    parameter: Tensor
     weight: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
+    shape: torch.Size  # of the whole weight, whose slab `weight` may be
+    holding: Holding
+    group: dict[str, Any]
 
 
 class Muon(Optimizer):
@@ -65,6 +74,10 @@ class Muon(Optimizer):
         layout: how the weights of a group hold their matrices, see `blueberry.optim.splits.Layout`.
         batch_bytes: bound on temporary memory, as far as one matrix allows; None takes 32 MiB on a CPU, whose caches
             hold that, and 512 MiB elsewhere.
+        bucket_bytes: bound on a buffer for what ranks send one another, as far as one weight allows.
+
+    Weights may be DTensors (FSDP2, tensor parallelism), see `blueberry.optim.distributed`. Ranks of the process group
+    `replicas` (DDP) share the work on plain weights; with None, the default, each does all of it.
     """
 
     def __init__(
@@ -83,9 +96,12 @@ class Muon(Optimizer):
         layout: Sequence | None = None,
         ns_dtype: torch.dtype | None = None,
         batch_bytes: int | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
     ):
         self.ns_dtype = ns_dtype
         self.batch_bytes = batch_bytes
+        self.bucket_bytes = bucket_bytes
+        self.replicas: ProcessGroup | None = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -112,9 +128,11 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for pieces in self._batches(group):
-                self._step_batch(pieces, group)
+        pieces = [piece for group in self.param_groups for piece in self._pieces(group)]
+        for batch in in_batches([piece for piece in pieces if isinstance(piece.holding, Alone)], self._fitting):
+            self._step_batch(batch)
+        shared = [(piece.holding, self._task(piece)) for piece in pieces if not isinstance(piece.holding, Alone)]
+        run_tasks(shared, Steps(self._load, self._work, self._move), self.bucket_bytes)
         return loss
 
     def orthogonalize(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
@@ -126,24 +144,25 @@ class Muon(Optimizer):
         restore_state_dtype(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "ns_dtype": self.ns_dtype, "batch_bytes": self.batch_bytes}
-
-    def _batches(self, group: dict[str, Any]) -> Iterator[list[_Piece]]:
-        """Pieces of one kind together, their temporaries within `batch_bytes`."""
-        return in_batches(self._pieces(group), self._fitting)
+        own = {name: self.__dict__[name] for name in ("ns_dtype", "batch_bytes", "bucket_bytes")}
+        return {**super().__getstate__(), **own, "replicas": None}  # a process group cannot be copied
 
     def _pieces(self, group: dict[str, Any]) -> Iterator[_Piece]:
-        """Every parameter with a gradient; a stack of experts in slices where it alone would break `batch_bytes`."""
+        """Every parameter with a gradient; a stack of experts in slices where it alone would break `batch_bytes`, and
+        where ranks share its experts."""
         for parameter in group["params"]:
             if parameter.grad is None or parameter.numel() == 0:
                 continue
-            state = self._state_of(parameter, group)
-            if parameter.ndim == 2:
-                yield _Piece(parameter, parameter.grad, state)
+            needs_whole = group["orthogonalize"] or group["neuron_beta"]
+            held = holding(parameter, self.replicas) if needs_whole else Alone()
+            state = {name: local(tensor) for name, tensor in self._state_of(parameter, held, group).items()}
+            piece = _Piece(parameter, local(parameter), local(parameter.grad), state, parameter.shape, held, group)
+            if parameter.ndim == 2 or isinstance(held, Slabs | Anyhow):
+                yield piece
                 continue
-            for chosen in expert_slices(parameter, self._fitting):
-                views = {name: tensor[chosen] for name, tensor in state.items()}
-                yield _Piece(parameter[chosen], parameter.grad[chosen], views)
+            for chosen in expert_slices(piece.weight, self._fitting, held.ranks):
+                weight, views = piece.weight[chosen], {name: tensor[chosen] for name, tensor in state.items()}
+                yield piece._replace(weight=weight, gradient=piece.gradient[chosen], state=views, shape=weight.shape)
 
     def _fitting(self, weight: Tensor) -> int:
         """How many weights like this one a batch may have, at least one."""
@@ -159,59 +178,116 @@ class Muon(Optimizer):
             return torch.float64
         return self.ns_dtype or fastest_dtype(weight.device)
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor, held: Holding, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, created when first asked for."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         state = self.state[parameter] if group["momentum"] or group["neuron_beta"] else {}
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype)
         if group["neuron_beta"] and "neuron_second_moment" not in state:
-            neurons = parameter.mT if _is_transposed(group) else parameter  # (..., out, in)
-            state["neuron_second_moment"] = torch.zeros_like(neurons[..., :1], dtype=dtype)
+            neurons = parameter.shape[-1 if _is_transposed(group) else -2]
+            shape = (*parameter.shape[:-2], neurons, 1)
+            state["neuron_second_moment"] = new_state(parameter, held, shape, dtype)
         return state
 
-    def _step_batch(self, pieces: list[_Piece], group: dict[str, Any]) -> None:
-        updates, scale = self._directions(pieces, group), 1.0  # (pieces, ...) as the weights are stored
-        if group["orthogonalize"]:
-            updates, scale = self._orthogonalize_parts(updates, group)
-        for piece, update in zip(pieces, updates.unbind(), strict=True):
-            if group["neuron_beta"]:
-                update = _normalize_stored(update, piece.state["neuron_second_moment"], group)
-            _apply(piece.weight, update, group, scale)
+    def _step_batch(self, pieces: list[_Piece]) -> None:
+        """Step pieces whose matrices are whole on this rank."""
+        for piece, update in zip(pieces, self._updates(pieces, self._directions(pieces)), strict=True):
+            self._move(piece, [update])
 
-    def _orthogonalize_parts(self, directions: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
-        """Orthogonalize each matrix that the group's layout finds in a weight; the scale that all have in common."""
+    def _updates(self, pieces: list[_Piece], directions: Tensor) -> Sequence[Tensor]:
+        """What to step along, up to lr and `_scale`, from the whole directions (pieces, ..., out, in) of one group."""
+        group = pieces[0].group
+        updates = self._orthogonalize_parts(directions, group) if group["orthogonalize"] else directions
+        if not group["neuron_beta"]:
+            return updates.unbind()
+        moments = [piece.state["neuron_second_moment"] for piece in pieces]
+        return [_normalize_stored(update, one, group) for update, one in zip(updates, moments, strict=True)]
+
+    def _orthogonalize_parts(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
+        """Orthogonalize each matrix that the group's layout finds in a weight; other scales are brought to one."""
         parts = cut(directions, group["layout"])
         scales = [update_scale(group["scale_mode"], *part.shape[-2:]) for part in parts]
         updates = [self.orthogonalize(part, group) for part in parts]
         if len(set(scales)) > 1:
             updates = [update * (scale / scales[0]) for update, scale in zip(updates, scales, strict=True)]
-        return join(updates, group["layout"]), scales[0]
+        return join(updates, group["layout"])
 
-    def _directions(self, pieces: list[_Piece], group: dict[str, Any]) -> Tensor:
+    def _directions(self, pieces: list[_Piece]) -> Tensor:
         """Gradients with momentum, stacked, in the dtype of the products: (pieces, ..., out, in)."""
         weight = pieces[0].weight
-        dtype = self._product_dtype(weight) if group["orthogonalize"] else _wide(weight.dtype)
+        dtype = self._direction_dtype(pieces[0])
         stack = torch.empty(len(pieces), *weight.shape, dtype=dtype, device=weight.device)
         for place, piece in zip(stack.unbind(), pieces, strict=True):
-            _write_direction(place, piece, group)
+            _write_direction(place, piece)
         return stack
+
+    def _direction_dtype(self, piece: _Piece) -> torch.dtype:
+        return self._product_dtype(piece.weight) if piece.group["orthogonalize"] else _wide(piece.weight.dtype)
+
+    def _move(self, piece: _Piece, results: list[Tensor]) -> None:
+        """Step a weight along its update, and keep the state that came with it."""
+        update, *state = results
+        for tensor in state:
+            piece.state["neuron_second_moment"].copy_(tensor)
+        group = piece.group
+        scale = _scale(piece.shape, group["layout"], group["scale_mode"]) if group["orthogonalize"] else 1.0
+        _apply(piece.weight, update, group, scale)
+
+    def _task(self, piece: _Piece) -> Task:
+        """For the ranks that share a weight: the direction travels, of NorMuon the second moment as well."""
+        slabs, dtype = [slab_of(piece.holding, tuple(piece.shape))], self._direction_dtype(piece)
+        if piece.group["neuron_beta"]:
+            neurons = piece.shape[-1 if _is_transposed(piece.group) else -2]
+            slabs.append(slab_of(piece.holding, (*piece.shape[:-2], neurons, 1), is_state=True))
+            dtype = _wide(piece.weight.dtype)
+        return Task(piece, tuple(slabs), len(slabs), self._cost(piece), dtype, piece.weight.device)
+
+    def _cost(self, piece: _Piece) -> float:
+        """Operations on a weight: all that Newton-Schulz does to its matrices, and one for each entry."""
+        group, shape = piece.group, tuple(piece.shape)
+        if not group["orthogonalize"]:
+            return piece.shape.numel()
+        settings = group["layout"], group["ns_steps"], group["coefficients"], self._direction_dtype(piece)
+        return piece.shape.numel() + newton_schulz_flops(shape, *settings)
+
+    def _load(self, piece: _Piece) -> list[Tensor]:
+        moments = [piece.state["neuron_second_moment"]] if piece.group["neuron_beta"] else []
+        return [self._directions([piece])[0], *moments]
+
+    def _work(self, pieces: list[_Piece], wholes: list[list[Tensor]]) -> list[list[Tensor]]:
+        """The updates of whole directions, with the second moments of NorMuon."""
+        whole = [
+            piece._replace(weight=direction, state=dict(zip(["neuron_second_moment"], moments, strict=False)))
+            for piece, (direction, *moments) in zip(pieces, wholes, strict=True)
+        ]
+        updates: dict[int, Tensor] = {}
+        for batch in in_batches(whole, self._fitting):
+            directions = torch.stack([piece.weight for piece in batch]).to(self._direction_dtype(batch[0]))
+            updates |= zip(map(id, batch), self._updates(batch, directions), strict=True)
+        return [[updates[id(piece)], *piece.state.values()] for piece in whole]
+
+
+@cache
+def _scale(shape: torch.Size, layout: tuple | None, scale_mode: str) -> float:
+    """`update_scale` of the first matrix of a weight, which `Muon._orthogonalize_parts` makes that of all."""
+    return update_scale(scale_mode, *cut(torch.empty(shape, device="meta"), layout)[0].shape[-2:])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _write_direction(place: Tensor, piece: _Piece, group: dict[str, Any]) -> None:
+def _write_direction(place: Tensor, piece: _Piece) -> None:
     """Gradient with momentum, computed in the dtype of the momentum buffer, into `place`."""
-    momentum = group["momentum"]
+    momentum = piece.group["momentum"]
     if momentum == 0:
         place.copy_(piece.gradient)
         return
     for part, gradient, buffer in _in_chunks(place, piece.gradient, piece.state["momentum_buffer"]):
         gradient = gradient.to(buffer.dtype)
         buffer.lerp_(gradient, 1 - momentum)
-        part.copy_(gradient.lerp(buffer, momentum) if group["nesterov"] else buffer)
+        part.copy_(gradient.lerp(buffer, momentum) if piece.group["nesterov"] else buffer)
 
 
 def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -220,7 +296,7 @@ def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.device.type != "cpu":
         yield tensors
         return
-    length = max(1, CHUNK_ENTRIES // max(1, first.numel() // len(first)))
+    length = max(1, CHUNK_ENTRIES // max(1, first.numel() // max(1, len(first))))
     yield from zip(*(tensor.split(length) for tensor in tensors), strict=True)
 
 

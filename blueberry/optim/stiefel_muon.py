@@ -3,15 +3,19 @@
 J. Bernstein, "Modular Manifolds", Thinking Machines Lab, 2025. See docs/manifold_muon.md for the equations.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..manifolds import Stiefel, check_radius, is_wide, orthonormalize, tall
 from ..stiefel import TangentStep, check_solver, steepest_tangent_step
 from .batching import expert_slices, in_batches
+from .costs import tangent_step_flops
+from .distributed import Anyhow, Holding, Slabs, Task, groups_of, holding, local, new_state, slab_of
+from .finite import whole
 from .manifold_base import ManifoldOptimizer, Piece
 from .manifold_weights import TOLERANCE, put_on_manifold, stiefel_errors
 from .splits import cut, join
@@ -94,7 +98,7 @@ class StiefelMuon(ManifoldOptimizer):
 
     def _errors(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """norm_F(W^T W / radius^2 - I) of each matrix."""
-        return stiefel_errors(self.exact_weight(parameter), group["radius"], group["layout"])
+        return stiefel_errors(whole(self.exact_weight(parameter)), group["radius"], group["layout"])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -111,83 +115,152 @@ class StiefelMuon(ManifoldOptimizer):
         manifold = Stiefel(group["radius"])
         return join([manifold.nearest_point(part) for part in cut(weight, group["layout"])], group["layout"])
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        batches = list(self._batches(group))
-        step = lambda pieces: self._step_batch(pieces, group)
-        on_cpu = all(pieces[0].weight.device.type == "cpu" for pieces in batches)
-        results = run_on_workers(step, batches) if on_cpu else [step(pieces) for pieces in batches]
-        solved = [step for steps in results for step in steps if step.iterations]
-        group["tangency_residual"] = max((step.residual.max().item() for step in solved), default=0.0)
-        weights = [len(step.residual) for step in solved]
-        total = sum(step.iterations * count for step, count in zip(solved, weights, strict=True))
-        group["dual_iterations"] = total / sum(weights) if solved else 0.0
+    def _holding(self, parameter: Tensor, group: dict[str, Any]) -> Holding:
+        return holding(parameter, self.replicas)
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[list[Piece]]:
-        """Pieces of one kind together; a stack of experts in slices."""
-        return in_batches((part for piece in self._pieces(group) for part in _slices(piece)), _fitting)
+    def _pieces(self, group: dict[str, Any]) -> Iterator[Piece]:
+        """As the base has them; stacks of experts in slices."""
+        for piece in super()._pieces(group):
+            yield from _slices(piece)
 
-    def _step_batch(self, pieces: list[Piece], group: dict[str, Any]) -> list[TangentStep]:
-        """Step some pieces of one shape; returns what the solver did to each non-square part."""
-        layout = group["layout"]
-        directions = cut(torch.stack([_direction(piece, group) for piece in pieces]), layout)
+    def _step_alone(self, pieces: list[Piece]) -> None:
+        self._solved = {id(group): [] for group in self.param_groups}
+
+        def step(batch: list[Piece]) -> None:
+            directions = torch.stack([_direction(piece) for piece in batch])
+            for piece, weight in zip(batch, self._moved(batch, directions), strict=True):
+                piece.move_to(weight)
+
+        _on_workers(step, pieces)
+
+    def _task(self, piece: Piece) -> Task:
+        """The weight travels, its dual variables and its direction; the first two come back."""
+        group, shape = piece.group, tuple(piece.shape)
+        weight = slab_of(piece.holding, shape)
+        duals = [slab_of(piece.holding, of_part, is_state=True) for of_part in _dual_shapes(shape, group).values()]
+        flops = tangent_step_flops(shape, group["layout"], group["dual_steps"])
+        return Task(piece, (weight, *duals, weight), 1 + len(duals), flops, piece.weight.dtype, piece.weight.device)
+
+    def _load(self, piece: Piece) -> list[Tensor]:
+        duals = [piece.state[name] for name in _dual_shapes(piece.shape, piece.group)]
+        return [piece.weight, *duals, _direction(piece)]
+
+    def _work(self, pieces: list[Piece], wholes: list[list[Tensor]]) -> list[list[Tensor]]:
+        """New weights and dual variables."""
+        together = [
+            _with_whole(piece, weight, duals, direction)
+            for piece, (weight, *duals, direction) in zip(pieces, wholes, strict=True)
+        ]
+        moved: dict[int, Tensor] = {}
+
+        def step(batch: list[Piece]) -> None:
+            directions = torch.stack([piece.gradient for piece in batch])
+            moved.update(zip(map(id, batch), self._moved(batch, directions), strict=True))
+
+        _on_workers(step, together)
+        return [[moved[id(piece)], *piece.state.values()] for piece in together]
+
+    def _store(self, piece: Piece, results: list[Tensor]) -> None:
+        weight, *duals = results
+        piece.move_to(weight)
+        for name, dual in zip(_dual_shapes(piece.shape, piece.group), duals, strict=True):
+            piece.state[name].copy_(dual)
+
+    def _after_step(self) -> None:
+        """Note how far the solver came in each group, over all ranks."""
+        numbers = torch.tensor([_summary(self._solved[id(group)]) for group in self.param_groups])
+        example = self.param_groups[0]["params"][0]
+        numbers = numbers.to(local(example).device)
+        residuals, sums = numbers[:, 0].contiguous(), numbers[:, 1:].contiguous()
+        for ranks in groups_of(example, self.replicas):
+            dist.all_reduce(residuals, dist.ReduceOp.MAX, group=ranks)
+            dist.all_reduce(sums, group=ranks)
+        for group, residual, (iterations, matrices) in zip(
+            self.param_groups, residuals.tolist(), sums.tolist(), strict=True
+        ):
+            group["tangency_residual"] = residual
+            group["dual_iterations"] = iterations / matrices if matrices else 0.0
+
+    def _moved(self, pieces: list[Piece], directions: Tensor) -> Sequence[Tensor]:
+        """The new weights of whole pieces of one kind; their dual variables change in place."""
+        layout = pieces[0].group["layout"]
+        parts = cut(directions, layout)
         weights = cut(torch.stack([piece.weight for piece in pieces]), layout)
-        scales = torch.tensor([piece.scale for piece in pieces], dtype=weights[0].dtype, device=weights[0].device)
-        moved, solved = [], []
-        for index, (weight, direction) in enumerate(zip(weights, directions, strict=True)):
-            new, step = self._step_part(pieces, index, weight, direction, scales, group)
-            moved.append(new)
-            if weight.shape[-1] != weight.shape[-2]:
-                solved.append(step)
-        for piece, weight in zip(pieces, join(moved, layout).unbind(), strict=True):
-            piece.move_to(weight)
-        return solved
+        moved = [self._move_part(pieces, *of_part) for of_part in zip(range(len(parts)), weights, parts, strict=True)]
+        return join(moved, layout).unbind()
 
-    def _step_part(
+    def _move_part(
         self,
         pieces: list[Piece],
         index: int,
         weight: Tensor,  # (pieces, ..., out, in)
         direction: Tensor,
-        scales: Tensor,  # (pieces,)
-        group: dict[str, Any],
-    ) -> tuple[Tensor, TangentStep]:
-        """Move one part of every piece: the new weights and the solution."""
+    ) -> Tensor:
+        """The new weights of one part of every piece."""
+        group = pieces[0].group
         long_first = tall(weight)
         points = long_first.reshape(-1, *long_first.shape[-2:]) / group["radius"]  # (batch, long, short)
-        dual = self._dual_variables(pieces, index, len(points) // len(pieces), points.shape[-1], group)
+        dual = self._dual_variables(pieces, index, len(points) // len(pieces), points.shape[-1])
         step = self.solve(points, tall(direction).reshape(points.shape), dual, group)
+        scales = torch.tensor([piece.scale for piece in pieces], dtype=weight.dtype, device=weight.device)
         sizes = scales.repeat_interleave(len(points) // len(pieces)) * (-group["lr"] / group["radius"])
         new = self.retract(points, step.direction * sizes[:, None, None]) * group["radius"]
         if dual is not None:
             for piece, value in zip(pieces, step.dual_variable.unflatten(0, (len(pieces), -1)), strict=True):
                 piece.state[_dual_name(index)].copy_(value.view_as(piece.state[_dual_name(index)]))
+        if weight.shape[-1] != weight.shape[-2]:
+            self._solved[id(group)].append(step)
         new = new.view(long_first.shape)
-        return new.mT if is_wide(weight) else new, step
+        return new.mT if is_wide(weight) else new
 
-    def _dual_variables(
-        self, pieces: list[Piece], index: int, count: int, short: int, group: dict[str, Any]
-    ) -> Tensor | None:
+    def _dual_variables(self, pieces: list[Piece], index: int, count: int, short: int) -> Tensor | None:
         """(pieces * count, short, short), zeros at first; None where the solution is in closed form."""
         name = _dual_name(index)
         if name not in pieces[0].state:
             return None
         return torch.cat([piece.state[name].reshape(count, short, short) for piece in pieces])
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = super()._state_of(parameter, group)
-        if group["solver"] == "projected":
-            return state
-        for index, part in enumerate(cut(parameter, group["layout"])):
-            short, long = sorted(part.shape[-2:])
-            if short != long and _dual_name(index) not in state:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                state[_dual_name(index)] = parameter.new_zeros(*part.shape[:-2], short, short, dtype=dtype)
+    def _state_of(self, parameter: Tensor, held: Holding, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = super()._state_of(parameter, held, group)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        for name, shape in _dual_shapes(parameter.shape, group).items():
+            if name not in state:
+                state[name] = new_state(parameter, held, shape, dtype)
         return state
+
+
+def _dual_shapes(shape: Sequence[int], group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape (..., short, short) of the dual variable of each part of a weight that is not square."""
+    if group["solver"] == "projected":
+        return {}
+    parts = [part.shape for part in cut(torch.empty(tuple(shape), device="meta"), group["layout"])]
+    return {
+        _dual_name(index): (*part[:-2], min(part[-2:]), min(part[-2:]))
+        for index, part in enumerate(parts)
+        if part[-2] != part[-1]
+    }
 
 
 def _dual_name(part: int) -> str:
     """Of the first part of a weight `dual_variable`, as most have one part only."""
     return f"dual_variable_{part}" if part else "dual_variable"
+
+
+def _summary(solved: list[TangentStep]) -> tuple[float, float, float]:
+    """(largest residual, sum of the iterations of every matrix, matrices)."""
+    matrices = [len(step.residual) for step in solved]
+    iterations = sum(step.iterations * count for step, count in zip(solved, matrices, strict=True))
+    return max((step.residual.max().item() for step in solved), default=0.0), float(iterations), float(sum(matrices))
+
+
+def _on_workers(step: Callable[[list[Piece]], None], pieces: Sequence[Piece]) -> None:
+    """Pieces of one kind together; on a CPU each thread takes some."""
+    batches = list(in_batches(pieces, _fitting))
+    if all(batch[0].weight.device.type == "cpu" for batch in batches):
+        run_on_workers(step, batches)
+        return
+    for batch in batches:
+        step(batch)
 
 
 def _fitting(weight: Tensor) -> int:
@@ -197,17 +270,26 @@ def _fitting(weight: Tensor) -> int:
 
 
 def _slices(piece: Piece) -> Iterator[Piece]:
-    """A stack of experts in slices of at most a batch each; a matrix as it is."""
-    if piece.weight.ndim == 2:
+    """A stack of experts in slices of at most a batch each, as many as there are ranks to share them; a matrix as it
+    is, and so a stack that is cut through its matrices."""
+    if piece.weight.ndim == 2 or isinstance(piece.holding, Slabs | Anyhow):
         yield piece
         return
-    for chosen in expert_slices(piece.weight, _fitting):
+    for chosen in expert_slices(piece.weight, _fitting, piece.holding.ranks):
         state = {name: tensor[chosen] for name, tensor in piece.state.items()}
         parameter = piece.parameter[chosen]
         weight = parameter if piece.weight is piece.parameter else piece.weight[chosen]
-        yield Piece(parameter, weight, piece.gradient[chosen], state, piece.scale)
+        yield piece._replace(
+            parameter=parameter, weight=weight, gradient=piece.gradient[chosen], state=state, shape=weight.shape
+        )
 
 
-def _direction(piece: Piece, group: dict[str, Any]) -> Tensor:
+def _with_whole(piece: Piece, weight: Tensor, duals: list[Tensor], direction: Tensor) -> Piece:
+    """A piece with whole tensors in the place of slabs; the direction takes that of the gradient."""
+    state = dict(zip(_dual_shapes(piece.shape, piece.group), duals, strict=True))
+    return piece._replace(weight=weight, gradient=direction, state=state)
+
+
+def _direction(piece: Piece) -> Tensor:
     """Gradient with momentum, in the dtype of the float32 weight."""
-    return piece.with_momentum(piece.gradient.to(piece.weight.dtype), group)
+    return piece.with_momentum(piece.gradient.to(piece.weight.dtype))

@@ -45,6 +45,10 @@ _CHOICES = {
 TAKEN_BY = dict.fromkeys(("muon_lr", "muon_momentum", "scale_mode"), ("muon", "manifold")) | dict.fromkeys(
     ("manifold_preset", "manifold_attention_only", "manifold_modular_lr", "hypersphere_lr"), ("manifold",)
 )
+_NO_ZERO = (
+    "is not supported: Muon needs whole matrices, and ZeRO cuts them up; shard with FSDP2, `accelerate launch "
+    "--config_file scripts/accelerate_configs/fsdp2.yaml`"
+)
 _ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
@@ -90,6 +94,13 @@ class BlueberryTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Step of embedding and router rows over their norm, with manifold (default: 10 times --muon_lr)."
+        },
+    )
+    share_optimizer_work: bool = field(
+        default=True,
+        metadata={
+            "help": "Data-parallel processes (DDP) share Newton-Schulz and the Stiefel solver out among them; false: "
+            "each does all of it, and they send one another nothing but gradients."
         },
     )
     train_tokens: int | None = field(
@@ -144,6 +155,7 @@ class BlueberryTrainingArguments(TrainingArguments):
         if self.fp16 and self.device.type == "cpu":
             raise UsageError("--fp16 true does nothing on a CPU: use --bf16 true")
         self._check_processes()
+        self._check_engine()
         self._check_services()
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
 
@@ -160,8 +172,7 @@ class BlueberryTrainingArguments(TrainingArguments):
         if self.manifold_preset not in PRESETS:
             raise UsageError(f"--manifold_preset {self.manifold_preset} is unknown: use one of {', '.join(PRESETS)}")
         if self.deepspeed is not None:
-            raise UsageError("--deepspeed is not supported (Muon needs whole matrices, which its ZeRO cuts up): shard "
-                             "with FSDP2, `accelerate launch --use_fsdp --fsdp_version 2`")  # fmt: skip
+            raise UsageError(f"--deepspeed {_NO_ZERO}")
         self._check_taken()
 
     def _check_taken(self) -> None:
@@ -247,6 +258,22 @@ class BlueberryTrainingArguments(TrainingArguments):
                                  "both set the length of training: give one")  # fmt: skip
         if self.num_train_epochs is None:
             self.num_train_epochs = 1.0
+
+    def _check_engine(self) -> None:
+        """Engines that cut matrices up, or were asked for, by variables of `accelerate launch`, and are not on."""
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise UsageError(f"accelerate's DeepSpeed {_NO_ZERO}")
+        is_launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if not is_launched and not self.fsdp:
+            return
+        version = os.environ.get("FSDP_VERSION", "1") if is_launched else self.fsdp_plugin_args["fsdp_version"]
+        if int(version) != 2:
+            raise UsageError(f"fsdp_version {version}: FSDP1 flattens matrices, which Muon needs whole; set it to 2")
+        if self.device.type == "cpu":
+            raise UsageError(
+                "FSDP was asked for and is not on: accelerate has it on GPUs only; use scripts/accelerate_configs/"
+                "multi_cpu.yaml (DDP)"
+            )
 
     def _check_processes(self) -> None:
         """Processes that did not find each other would train apart and write over one another."""

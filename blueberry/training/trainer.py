@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -131,6 +132,14 @@ class BlueberryTrainer(CheckpointingTrainer):
             self.optimizer = build_optimizer(model, self.args)
         check_holds_trainable_parameters(self.optimizer, model)
         return self.optimizer
+
+    def _prepare_for_training(self, *positional: Any, **named: Any) -> tuple[nn.Module, DataLoader]:
+        """Trainer's; under DDP the optimizer's work is shared out, as all ranks hold the same weights."""
+        model, loader = super()._prepare_for_training(*positional, **named)
+        composed = composed_optimizer(self.optimizer)
+        if composed is not None and isinstance(model, DistributedDataParallel):
+            composed.share_work(model.process_group if self.args.share_optimizer_work else None)
+        return model, loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """transformers' schedules; warmup_stable_decay decays over the last fifth unless told otherwise."""
