@@ -268,7 +268,8 @@ def finish(trainer, data, settings) -> None:
     """Evaluate, save, and say where things are."""
     from transformers.integrations.integration_utils import rewrite_logs
 
-    from blueberry.training.replacing import EVAL_RESULTS
+    from blueberry.training.provenance import provenance
+    from blueberry.training.replacing import EVAL_RESULTS, PROVENANCE
     from blueberry.training.run_folder import write_json
     from blueberry.training.summary import final_metrics, print_summary, sample
     from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
@@ -279,6 +280,7 @@ def finish(trainer, data, settings) -> None:
         return
     folder = Path(trainer.args.output_dir)
     write_json(folder / EVAL_RESULTS, metrics)
+    write_json(folder / PROVENANCE, provenance(trainer, data))
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     board = trainer.pop_callback(TensorBoardCallback)
     if board is not None:

@@ -9,14 +9,15 @@ CONFIG = "config.yaml"
 EVAL_RESULTS = "eval_results.json"
 AUDIT = "optimizer_audit.json"
 IDENTITY = "identity.json"
+PROVENANCE = "provenance.json"
 _REPLACED = ".replaced"  # where the run that is being replaced lies until the new one has taken a step
 _DISCARDED = ".discarded"  # the same while it is being deleted
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
-    CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", IDENTITY, "runs", "spectral_log", "checkpoint-*", PARTIAL,
-    "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "additional_chat_templates", "training_args.bin", STATE, _DISCARDED,
+    CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", IDENTITY, PROVENANCE, "runs", "spectral_log", "checkpoint-*",
+    PARTIAL, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "additional_chat_templates", "training_args.bin", STATE, _DISCARDED,
 )  # fmt: skip
 
 

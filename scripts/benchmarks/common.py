@@ -1,9 +1,7 @@
 """What the benchmarks share: the device, the clock, and what a figure must be quoted with."""
 
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,28 +12,9 @@ from typing import Any
 
 import torch
 
+from blueberry.machine import machine as machine  # for the benchmarks
+
 Record = dict[str, Any]  # one JSON line
-
-
-def machine() -> Record:
-    """What a figure must be quoted with."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=folder)
-    return {
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "device": _device_name(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def device() -> torch.device:

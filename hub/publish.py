@@ -1,0 +1,52 @@
+"""A run of Blueberry -> a page on the Hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+
+from .bundle import OWNED, Bundle, bundle_of, check_clean
+from .card import card_of
+from .merging import merged
+from .push import CARD, Destination, push
+from .run import Run
+from .scrub import Scrubber
+
+LICENCE = "apache-2.0"
+
+
+def prepare(
+    runs: Sequence[Run], repo_id: str, licence: str = LICENCE, max_shard_size: str = "5GB", token: str | None = None
+) -> tuple[Bundle, str]:
+    """Everything that can be done and can fail without the Hub: the files, and the generated card."""
+    scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,))
+    bundle = bundle_of(runs[0], scrub, max_shard_size)
+    card = card_of(runs, repo_id, licence, bundle.figures)
+    check_clean({CARD: card.encode()}, scrub)
+    return bundle, card
+
+
+def publish(
+    runs: Sequence[Path],
+    destination: Destination,
+    *,
+    licence: str = LICENCE,
+    max_shard_size: str = "5GB",
+    message: str | None = None,
+) -> CommitInfo:
+    """Push the final model of the first run, with everything that explains it, as one commit.
+
+    runs: folders of the run and of its other seeds. What a user changed in the card on the Hub stays; while there is
+    none, the README.md of the run folder takes its place.
+    """
+    read = [Run.read(folder) for folder in runs]
+    bundle, card = prepare(read, destination.repo_id, licence, max_shard_size, destination.token)
+    local = read[0].folder / CARD
+    own = local.read_text() if local.is_file() else None
+    return push(
+        destination,
+        bundle.files,
+        message or f"Upload {read[0].folder.resolve().name}, trained with Blueberry",
+        owned=OWNED,
+        card=lambda theirs: merged(card, own if theirs is None else theirs),
+    )

@@ -1,0 +1,98 @@
+"""A finished run as it lies on the disk: what a card and an upload are made from. Needs no torch."""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from blueberry.errors import UsageError
+from blueberry.spectral.log import FOLDER as SPECTRAL_LOG
+from blueberry.spectral.log import SpectralLog
+
+CONFIG, MODEL_CONFIG, RESULTS, PROVENANCE = "config.yaml", "config.json", "eval_results.json", "provenance.json"
+AUDIT = "optimizer_audit.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run.
+
+    Attributes:
+        settings: its arguments (config.yaml).
+        config: of the model (config.json).
+        metrics: final ones, `eval_loss` and others.
+        provenance: see `blueberry.training.provenance`; empty for runs of versions that did not record it.
+        audit: which parameter got which optimizer.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    provenance: dict[str, Any]
+    audit: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises UsageError where there is no run, or one that did not come to its end."""
+        import yaml
+
+        if not folder.is_dir():
+            raise UsageError(f"--run {folder}: no such folder; name the output folder of a training run")
+        if not (folder / CONFIG).is_file():
+            raise UsageError(f"--run {folder} holds no {CONFIG}: name the output folder of a training run")
+        for needed in (MODEL_CONFIG, RESULTS):
+            if not (folder / needed).is_file():
+                raise UsageError(f"--run {folder} has no final model ({needed} is missing): let the run come to its "
+                                 "end, with --resume_from_checkpoint if it was stopped")  # fmt: skip
+        try:
+            settings = yaml.safe_load((folder / CONFIG).read_text())
+            found = {name: _json(folder / name) for name in (MODEL_CONFIG, RESULTS, PROVENANCE, AUDIT)}
+        except (yaml.YAMLError, ValueError) as error:
+            raise UsageError(f"--run {folder}: a file is damaged: {' '.join(str(error).split())}") from error
+        run = cls(folder, settings, found[MODEL_CONFIG], found[RESULTS], found[PROVENANCE] or {}, found[AUDIT] or [])
+        if not run.weights:
+            raise UsageError(f"--run {folder} has no final model (model.safetensors is missing): let the run come to "
+                             "its end, with --resume_from_checkpoint if it was stopped")  # fmt: skip
+        return run
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files of the final model."""
+        return sorted(self.folder.glob("model*.safetensors"))
+
+    @cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Tensor name -> shape, from the headers of the files."""
+        return {name: shape for path in self.weights for name, shape in tensor_shapes(path).items()}
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets: of the experts only those that it is sent to."""
+        experts, chosen = self.config.get("num_experts") or 0, self.config.get("num_experts_per_tok") or 0
+        in_experts = sum(math.prod(shape) for name, shape in self.shapes.items() if ".experts." in name)
+        return self.parameters if not experts else self.parameters - in_experts * (experts - chosen) // experts
+
+    @property
+    def spectral_log(self) -> SpectralLog | None:
+        log = SpectralLog(self.folder / SPECTRAL_LOG)
+        return log if log.parts() else None
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """From the header of a safetensors file."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
