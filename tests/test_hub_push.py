@@ -45,8 +45,8 @@ for name in sys.argv[2:]:
     exported = torch.export.export(model, (ids,), strict=False)
     same = torch.allclose(exported.module()(ids).logits, logits, atol=1e-5)
     old = AutoConfig.from_pretrained(name, trust_remote_code=True, revision="first")
-    result[name] = {"class": type(model).__module__, "logits": logits.tolist(), "exported": same, "old": old.model_type,
-                    "text": write("The", max_new_tokens=4)[0]["generated_text"]}
+    result[name] = {"class": type(model).__module__, "logits": logits.tolist(), "exported": same,
+                    "old": old.model_type, "text": write("The", max_new_tokens=4)[0]["generated_text"]}
     try:
         AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
         result[name]["untrusted"] = "loaded"
@@ -276,7 +276,7 @@ def test_a_dry_run_lists_what_would_go_and_asks_nothing(hub, runs, script, capsy
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("given", "expected"),
     [
         (["--repo_id", "moe"], "has no account: write USER/NAME"),
         (["--repo_id", "ann/../x"], "is no id of a repository"),
@@ -287,14 +287,13 @@ def test_a_dry_run_lists_what_would_go_and_asks_nothing(hub, runs, script, capsy
         (["--repo_id", "bob/moe"], "may not write to bob/moe (403)"),
         (["--repo_id", "ann/data"], "is a dataset on the Hub"),
         (["--repo_id", "ann/Taken"], "the name is taken (409)"),
-        (["--repo_id", "ann/moe", "--license", "[1, 2"], "license"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(hub, runs, script, capsys, arguments, expected):
+def test_wrong_arguments_are_refused_in_one_line(hub, runs, script, capsys, given, expected):
     HfApi().create_repo("ann/data", repo_type="dataset")
     HfApi().create_repo("ann/taken")
     before = contents(runs["moe"])
-    assert expected in refused(script, capsys, "--run", runs["moe"], *arguments)
+    assert expected in refused(script, capsys, "--run", runs["moe"], *given)
     assert contents(runs["moe"]) == before and ("models", "ann/moe") not in hub.hub.repos
 
 
@@ -320,15 +319,18 @@ def test_a_run_without_a_final_model_is_refused(hub, runs, script, capsys, tmp_p
     assert not hub.hub.repos
 
 
-def test_a_broken_card_on_the_hub_is_not_replaced(hub, runs, script, capsys):
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"---\nlicense: [\n---\n", "its metadata is no YAML"), (b"---\ntags: 5\n---\n", '"tags" has the wrong type')],
+)
+def test_a_broken_card_on_the_hub_is_not_replaced(hub, runs, script, capsys, content, expected):
     api = HfApi()
     api.create_repo("ann/moe")
     head = hub.hub.repos["models", "ann/moe"]
     from hub_server.repos import File
 
-    content = b"---\nlicense: [\n---\n"
     head.commit("main", "broken", {"README.md": File(len(content), content)}, [], None, False)
-    assert "its metadata is no YAML" in refused(script, capsys, "--run", runs["moe"], "--repo_id", "ann/moe")
+    assert expected in refused(script, capsys, "--run", runs["moe"], "--repo_id", "ann/moe")
     assert Path(api.hf_hub_download("ann/moe", "README.md")).read_bytes() == content
 
 
