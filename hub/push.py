@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -23,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from blueberry.errors import UsageError
 
 CARD = "README.md"
+Result = TypeVar("Result")
 WAITS = (2.0, 8.0)  # seconds before the second and the third attempt; within one, the client retries each request
 _LOST = (httpx2.TransportError, ConnectionError, TimeoutError, RuntimeError)  # RuntimeError: of hf_xet, and of LFS
 _AGAIN = "nothing was published; the same command goes on where it stopped: what arrived is not sent twice"
@@ -81,14 +82,24 @@ def push(
         owned: patterns of files that are deleted in the same commit unless `files` brings them again.
         card: from the card that is there (None: there is none) to the one to upload.
     """
+    attempts = 1 if destination.create_pr else 1 + len(WAITS)  # a second pull request would stand beside the first
+    return _insisting(lambda: _push_once(destination, files, message, owned, card), destination, attempts)
+
+
+def reserve(destination: Destination) -> None:
+    """Make the repository and the branch, if they are not there: fails as a push would."""
+    _insisting(lambda: _head(HfApi(token=destination.token), destination), destination, 1 + len(WAITS))
+
+
+def _insisting(do: Callable[[], Result], destination: Destination, attempts: int) -> Result:
+    """`do`, as often as it takes."""
     if not (destination.token or get_token()):
         raise UsageError("the Hub wants a token: run `hf auth login`, or set HF_TOKEN")
-    attempts = 1 if destination.create_pr else 1 + len(WAITS)  # a second pull request would stand beside the first
     for attempt in range(attempts):
         try:
-            with _explained(destination):
-                return _push_once(destination, files, message, owned, card)
-        except _Unavailable as error:
+            with explained(destination.repo_id):
+                return do()
+        except Unavailable as error:
             if attempt == attempts - 1:
                 raise UsageError(f"the Hub failed ({error}): {_AGAIN}") from error
             time.sleep(WAITS[attempt])
@@ -98,7 +109,6 @@ def push(
 def _push_once(destination: Destination, files: Mapping[str, Any], message: str, owned: Sequence[str],
                card: Callable[[str | None], str] | None) -> CommitInfo:  # fmt: skip
     api = HfApi(token=destination.token)
-    api.whoami()
     head = _head(api, destination)
     there = api.list_repo_files(destination.repo_id, repo_type=destination.kind, revision=head)
     additions = dict(files)
@@ -122,6 +132,7 @@ def _push_once(destination: Destination, files: Mapping[str, Any], message: str,
 def _head(api: HfApi, destination: Destination) -> str:
     """The commit to build on; repository and branch are made if they are not there."""
     where = {"repo_id": destination.repo_id, "repo_type": destination.kind}
+    api.whoami()
     try:
         info = api.repo_info(**where)
     except RepositoryNotFoundError:
@@ -152,12 +163,12 @@ def _read_card(api: HfApi, destination: Destination, head: str) -> str:
     return Path(path).read_text()
 
 
-class _Unavailable(Exception):
+class Unavailable(Exception):
     """The Hub did not answer, or failed; another attempt may succeed."""
 
 
 @contextmanager
-def _explained(destination: Destination) -> Iterator[None]:
+def explained(repo_id: str) -> Iterator[None]:
     """The Hub's refusals as UsageErrors of one line."""
     try:
         yield
@@ -166,29 +177,29 @@ def _explained(destination: Destination) -> Iterator[None]:
     except BadRequestError as error:
         raise UsageError(f"the Hub refuses this: {_line(error)}") from error
     except HfHubHTTPError as error:
-        _explain(error, destination)
+        _explain(error, repo_id)
     except ValueError as error:  # metadata of the card that the Hub found wrong, before anything was uploaded
         raise UsageError(f"{CARD}: {_line(error)}") from error
     except _LOST as error:
         if isinstance(error.__cause__, HfHubHTTPError):
-            _explain(error.__cause__, destination)
-        raise _Unavailable(_line(error)) from error
+            _explain(error.__cause__, repo_id)
+        raise Unavailable(_line(error)) from error
 
 
-def _explain(error: HfHubHTTPError, destination: Destination) -> None:
+def _explain(error: HfHubHTTPError, repo_id: str) -> None:
     status = error.response.status_code
     if status == 401:
         raise UsageError(
             "the Hub does not know this token (401): run `hf auth login` again, or set HF_TOKEN"
         ) from error
     if status == 403:
-        raise UsageError(f"this token may not write to {destination.repo_id} (403): take one with write access, or "
+        raise UsageError(f"this token may not write to {repo_id} (403): take one with write access, or "
                          "another --repo_id") from error  # fmt: skip
     if status == 409:
-        raise UsageError(f"--repo_id {destination.repo_id}: the name is taken (409); choose another") from error
+        raise UsageError(f"--repo_id {repo_id}: the name is taken (409); choose another") from error
     if status in (412, 429) or status >= 500:
-        raise _Unavailable(f"{status} {error.response.reason_phrase}") from error
-    raise UsageError(f"{destination.repo_id}: {_line(error)}") from error
+        raise Unavailable(f"{status} {error.response.reason_phrase}") from error
+    raise UsageError(f"{repo_id}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

@@ -136,9 +136,10 @@ def set_up(model_args, data_args, tracking_args, args, folder):
         config.pad_token_id = data.tokenizer.pad_token_id
     folder.identity = identity(args, config, data)
     check_same_identity(folder.identity, folder.checkpoint)
+    pushing = pushes(args)
     set_seed(args.seed)
     model = build_model(config)
-    trainer = make_trainer(model, data, args, [folder, *make_callbacks(model, tracking_args, args)])
+    trainer = make_trainer(model, data, args, [folder, *make_callbacks(model, tracking_args, args), *pushing])
     if tracking_args.track_manifold and args.report_to:  # what is left beside TensorBoard: wandb, trackio, ...
         trainer.add_callback(trainer.pop_callback(SpectralMetricsCallback).log_through(trainer))
     return trainer, data
@@ -200,6 +201,16 @@ def make_trainer(model, data, args, callbacks):
         raise
     except (ValueError, ImportError, HfHubHTTPError) as error:  # Trainer's own checks, and the Hub's with push_to_hub
         raise UsageError(" ".join(str(error).split())) from error
+
+
+def pushes(args) -> list:
+    """What takes the place of Trainer's own pushing."""
+    if not args.push_to_hub:
+        return []
+    from hub.callback import PushToHubCallback, destination_of
+
+    args.push_to_hub = False
+    return [PushToHubCallback(destination_of(args), args.hub_strategy)]
 
 
 def make_callbacks(model, tracking_args, args) -> list:
@@ -292,6 +303,17 @@ def finish(trainer, data, settings) -> None:
         print(tracking.summary())
     if data.tokenizer is not None:
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")
+    if settings["push_to_hub"]:
+        push_finished(trainer, folder)
+
+
+def push_finished(trainer, folder: Path) -> None:
+    """The run with its card."""
+    from hub.callback import PushToHubCallback
+
+    pushing = trainer.pop_callback(PushToHubCallback)
+    if pushing is not None:
+        print(f"\npushed to {pushing.finish(folder)}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blueberry.errors import UsageError
 from blueberry.spectral.log import SpectralLog
+from blueberry.training.checkpoints import flaw
 from hub import bundle as bundling
 from hub.publish import publish
 from hub.push import Destination
@@ -401,3 +402,60 @@ def test_spectra_of_a_pushed_model_are_analysed_by_its_id(hub, runs, script, tmp
     merged = found.merge(last, on=["layer", "projection", "expert"], suffixes=("", "_live"))
     assert len(merged) >= 14
     assert (merged.spectral_norm / merged.spectral_norm_live - 1).abs().max() < 1e-3  # a Gram matrix in fp32
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_training_pushes_by_each_strategy(hub, arguments, script, tmp_path, strategy, capsys):
+    """And leaves what resumes, and nothing about the machine."""
+    out = tmp_path / "run"
+    told = ["--push_to_hub", "true", "--hub_strategy", strategy, "--hub_model_id", "ann/live", "--hub_token", TOKEN]
+    script("train_llm.py", *arguments, "--output_dir", out, *told)
+    assert "pushed to" in capsys.readouterr().out
+    files = files_of(HfApi(), "ann/live", tmp_path / "all")
+    commits = [commit.title for commit in HfApi().list_repo_commits("ann/live")]
+    steps = {f"Training in progress, step {step}" for step in (16, 32)}
+    assert steps & set(commits) == (set() if strategy == "end" else steps)
+    assert commits[0].startswith("Upload run") and "Trained with Blueberry" in files["README.md"].decode()
+    folders = {path.split("/")[0] for path in files if "checkpoint" in path}
+    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-16", "checkpoint-32"}}
+    assert folders == expected.get(strategy, set())
+    assert all(flaw(tmp_path / "all" / folder) is None for folder in folders)
+    for path, content in files.items():
+        assert not [secret for secret in (HOST, TOKEN, str(tmp_path), "pytest-of-") if secret.encode() in content], (
+            path
+        )
+        assert not path.endswith("training_args.bin")
+
+
+def test_a_checkpoint_from_the_hub_goes_on(hub, arguments, script, tmp_path):
+    out, again = tmp_path / "run", tmp_path / "again"
+    told = ["--push_to_hub", "true", "--hub_strategy", "checkpoint", "--hub_model_id", "live"]  # the account's own
+    script("train_llm.py", *arguments, "--output_dir", out, *told)
+    HfApi().snapshot_download("ann/live", local_dir=again)
+    (again / "last-checkpoint").rename(again / "checkpoint-32")
+    script("train_llm.py", "--output_dir", again, *arguments, "--train_tokens", 12288,
+           "--resume_from_checkpoint", again / "checkpoint-32", "--push_to_hub", "false")  # fmt: skip
+    assert (again / "checkpoint-48").is_dir()
+
+
+def test_a_hub_that_fails_while_training_costs_a_push_and_not_the_run(hub, arguments, script, tmp_path, caplog):
+    hub.fail("POST", "/commit/", 500, times=3)
+    told = ["--push_to_hub", "true", "--hub_model_id", "ann/live"]
+    script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", *told)
+    assert "step 16 was not pushed: the Hub failed (500" in caplog.text
+    assert "model.safetensors" in HfApi().list_repo_files("ann/live")
+
+
+def test_training_that_may_not_push_does_not_start(hub, arguments, script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", "--push_to_hub", "true",
+               "--hub_model_id", "bob/live")  # fmt: skip
+    assert stopped.value.code == 2 and "may not write to bob/live (403)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_trainers_own_pushing_is_refused(runs):
+    from blueberry import BlueberryTrainer
+
+    with pytest.raises(UsageError, match="does not push by itself"):
+        BlueberryTrainer.init_hf_repo(None)

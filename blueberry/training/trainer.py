@@ -119,6 +119,11 @@ class BlueberryTrainer(CheckpointingTrainer):
         self._clock, self._tokens_at_clock = time.perf_counter(), 0
         self.add_callback(AuditCallback)
 
+    def init_hf_repo(self, *_: Any, **__: Any) -> None:
+        """Trainer's pushes would carry pickled arguments, local paths and a card that knows nothing."""
+        raise UsageError("BlueberryTrainer does not push by itself: leave push_to_hub out, and add "
+                         "hub.callback.PushToHubCallback or run scripts/push_to_hub.py")  # fmt: skip
+
     def planned_steps(self) -> int:
         """Optimizer steps of the whole run, counted from its start."""
         if self.args.max_steps > 0:
