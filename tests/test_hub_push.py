@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -427,15 +428,20 @@ def test_training_pushes_by_each_strategy(hub, arguments, script, tmp_path, stra
         assert not path.endswith("training_args.bin")
 
 
-def test_a_checkpoint_from_the_hub_goes_on(hub, arguments, script, tmp_path):
-    out, again = tmp_path / "run", tmp_path / "again"
+def test_a_checkpoint_from_the_hub_goes_on(hub, arguments, small_corpus, small_config, script, tmp_path, monkeypatch):
+    """In a place where data and config have the names that they had."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_corpus, "corpus")
+    shutil.copy(small_config, "config.json")
+    named = {small_corpus: "corpus", small_config: "config.json"}
+    given = [named.get(argument, argument) for argument in arguments]
     told = ["--push_to_hub", "true", "--hub_strategy", "checkpoint", "--hub_model_id", "live"]  # the account's own
-    script("train_llm.py", *arguments, "--output_dir", out, *told)
-    HfApi().snapshot_download("ann/live", local_dir=again)
-    (again / "last-checkpoint").rename(again / "checkpoint-32")
-    script("train_llm.py", "--output_dir", again, *arguments, "--train_tokens", 12288,
-           "--resume_from_checkpoint", again / "checkpoint-32", "--push_to_hub", "false")  # fmt: skip
-    assert (again / "checkpoint-48").is_dir()
+    script("train_llm.py", *given, "--output_dir", "run", *told)
+    HfApi().snapshot_download("ann/live", local_dir="again")
+    Path("again/last-checkpoint").rename("again/checkpoint-32")
+    script("train_llm.py", "--resume_from_checkpoint", "again/checkpoint-32", "--train_tokens", 12288,
+           "--output_dir", "again", "--push_to_hub", "false")  # fmt: skip
+    assert Path("again/checkpoint-48").is_dir()
 
 
 def test_a_hub_that_fails_while_training_costs_a_push_and_not_the_run(hub, arguments, script, tmp_path, caplog):
