@@ -13,7 +13,7 @@ from blueberry.errors import UsageError
 from .card import eval_results_file
 from .events import scrubbed_events
 from .remote_code import MODEL_TYPE, code_files, with_auto_map
-from .run import AUDIT, CONFIG, MODEL_CONFIG, PROVENANCE, RESULTS, Run
+from .run import AUDIT, CONFIG, PROVENANCE, RESULTS, Run, config_name
 from .scrub import Scrubber
 from .sharding import sharded
 
@@ -22,7 +22,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "additional_chat_templates/*.jinja")  # fmt: skip
 _TEXTS = ("generation_config.json", RESULTS, PROVENANCE, AUDIT, "optimizer_audit.md", *_TOKENIZER)
 # Files of an earlier push that the next one deletes when it does not bring them again.
-OWNED = ("model*.safetensors", "model.safetensors.index.json", "*_blueberry.py", "runs/*", "figures/*",
+OWNED = ("*model*.safetensors", "model.safetensors.index.json", "*_blueberry.py", "runs/*", "figures/*",
          "spectral_log/*")  # fmt: skip
 
 
@@ -61,9 +61,10 @@ def bundle_of(run: Run, scrub: Scrubber, max_shard_size: str = "5GB") -> Bundle:
 
 def model_files(folder: Path, scrub: Scrubber) -> dict[str, Content]:
     """Config, tokenizer and the other small files of a saved model, with the code that it needs; no weights."""
-    config = (folder / MODEL_CONFIG).read_bytes()
-    is_blueberry = json.loads(config)["model_type"] == MODEL_TYPE
-    files: dict[str, Content] = {MODEL_CONFIG: scrubbed(with_auto_map(config) if is_blueberry else config, scrub)}
+    name = config_name(folder)
+    config = (folder / name).read_bytes()
+    is_blueberry = json.loads(config).get("model_type") == MODEL_TYPE
+    files: dict[str, Content] = {name: scrubbed(with_auto_map(config) if is_blueberry else config, scrub)}
     if is_blueberry:
         files |= code_files()
     for pattern in _TEXTS:

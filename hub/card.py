@@ -35,6 +35,7 @@ _SIZES = {  # of config.json
     "num_attention_heads": "attention heads", "num_key_value_heads": "key and value heads",
     "max_position_embeddings": "positions",
 }  # fmt: skip
+_OPTIMIZERS = {"muon": "Muon and AdamW", "manifold": "manifold Muon and AdamW", "adamw": "AdamW"}
 _RATES = {"muon": ("muon_lr", "adamw_lr"), "manifold": ("muon_lr", "adamw_lr"), "adamw": ("adamw_lr",)}
 
 
@@ -58,6 +59,7 @@ class RunCard:
     limitations: str
     licence: str
     version: str
+    base: str | None = None  # of an adapter
     spectra: Spectra | None = None
     figures: dict[str, str] = field(default_factory=dict)
 
@@ -78,7 +80,7 @@ def card_of(runs: Sequence[Run], repo_id: str, licence: str, figures: Sequence[s
         repo_id=repo_id,
         title=repo_id.split("/")[-1],
         summary=_summary(run),
-        remote_code=run.config["model_type"] == MODEL_TYPE,
+        remote_code=run.config.get("model_type") == MODEL_TYPE,
         tokenizer=(run.folder / "tokenizer.json").is_file(),
         prompt="My fellow citizens," if _dataset(run) == "sotu" else "The",
         architecture=_architecture(run),
@@ -91,6 +93,7 @@ def card_of(runs: Sequence[Run], repo_id: str, licence: str, figures: Sequence[s
         limitations=_limitations(run),
         licence=f"The weights: {licence}. " + _data_licence(run),
         version=_version(run),
+        base=run.base if run.is_adapter else None,
         spectra=spectra_of(run.spectral_log),
         figures={name: caption for name, caption in FIGURES.items() if name in figures},
     )
@@ -128,6 +131,9 @@ def _kind(run: Run) -> str:
 def _summary(run: Run) -> str:
     tokens = run.provenance.get("tokens") or run.settings.get("train_tokens")
     seen = f" on {tokens:,} tokens of" if tokens else " on"
+    if run.is_adapter:
+        return (f"A LoRA adapter of {run.parameters:,} parameters to {run.base}, trained{seen} {_dataset(run)} with "
+                f"{_OPTIMIZERS[run.settings.get('optimizer', 'muon')]}.")  # fmt: skip
     how = {"muon": "with Muon (hidden matrices) and AdamW (the rest)", "adamw": "with AdamW",
            "manifold": "with manifold Muon: its hidden matrices are orthonormal"}  # fmt: skip
     return (f"A language model of {run.parameters / 1e6:.1f}M parameters, a {_kind(run)}, trained from scratch{seen} "
@@ -137,6 +143,11 @@ def _summary(run: Run) -> str:
 
 def _architecture(run: Run) -> dict[str, str]:
     config = run.config
+    if run.is_adapter:
+        reached = [*config["target_modules"], *(config.get("target_parameters") or [])]
+        return {"type": f"{config['peft_type']} of rank {config['r']}, alpha {config['lora_alpha']:g}",
+                "base model": run.base, "reaches": ", ".join(sorted(reached)),
+                "parameters": f"{run.parameters:,}"}  # fmt: skip
     rows = {"type": f"`{config['architectures'][0]}`, a {_kind(run)}", "parameters": f"{run.parameters:,}"}
     if config.get("num_experts"):
         rows["parameters that a token meets"] = f"{run.active_parameters:,}"
@@ -171,7 +182,9 @@ def _training(run: Run) -> dict[str, str]:
     rates = ", ".join(f"{name} {settings[name]:g}" for name in _RATES[optimizer] if name in settings)
     batch = settings.get("per_device_train_batch_size", 0) * settings.get("gradient_accumulation_steps", 1)
     rows = {
-        "optimizer": {"muon": "Muon and AdamW", "manifold": "manifold Muon and AdamW", "adamw": "AdamW"}[optimizer],
+        "optimizer": "StiefelMuon for B, Muon for A"
+        if run.is_adapter and optimizer == "manifold"
+        else _OPTIMIZERS[optimizer],
         "routing": _routing(run),
         "learning rates": f"{rates} ({settings.get('lr_scheduler_type')}, warm-up {settings.get('warmup_steps'):g})",
         "batch": f"{batch * made.get('processes', 1)} windows a step" if batch else "",
@@ -240,7 +253,7 @@ def _interval(values: Sequence[float], digits: int) -> str:
 def _limitations(run: Run) -> str:
     made = run.provenance
     texts = []
-    if made.get("tokens"):
+    if made.get("tokens") and not run.is_adapter:
         ratio = made["tokens"] / run.parameters
         texts.append(f"It saw {ratio:.2g} tokens for each parameter (about 20 are needed to use its size well), so "
                      "its text is often neither true nor coherent.")  # fmt: skip
@@ -263,12 +276,13 @@ def _data_licence(run: Run) -> str:
 
 def _metadata(run: Run, repo_id: str, licence: str) -> ModelCardData:
     experts = ["mixture-of-experts"] if run.config.get("num_experts") else []
-    code = ["custom_code"] if run.config["model_type"] == MODEL_TYPE else []
+    code = ["custom_code"] if run.config.get("model_type") == MODEL_TYPE else []
     optimizer = {"muon": ["muon"], "manifold": ["muon", "manifold-muon"], "adamw": []}
     return ModelCardData(
         language="en" if _dataset(run) == "sotu" else None,
         license=licence,
-        library_name="transformers",
+        library_name="peft" if run.is_adapter else "transformers",
+        base_model=run.base if run.is_adapter and "/" in run.base else None,
         pipeline_tag="text-generation",
         tags=["blueberry", *optimizer[run.settings.get("optimizer", "muon")], *experts, *code, "spectral-analysis"],
         datasets=[_dataset(run)] if _is_on_hub(run) else None,

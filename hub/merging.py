@@ -16,9 +16,12 @@ from blueberry.errors import UsageError
 
 _RECORD = re.compile(r"\n*<!-- blueberry (\{.*\}) -->\s*$")
 _HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*\r?\n?", re.DOTALL)
-# Cards that no one wrote: of transformers' Trainer and of push_to_hub.
-_AUTOMATIC = ("generated automatically according to the information the Trainer had access to",
-              "This model card has been automatically generated")  # fmt: skip
+# Cards that no one wrote: of transformers' Trainer, of its push_to_hub, and of PEFT.
+_AUTOMATIC = (
+    "generated automatically according to the information the Trainer had access to",
+    "This model card has been automatically generated",
+    "# Model Card for Model ID",
+)
 
 Pieces = dict[str, Any]
 

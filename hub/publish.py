@@ -1,6 +1,6 @@
 """A run of Blueberry -> a page on the Hub."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -13,16 +13,24 @@ from .run import Run
 from .scrub import Scrubber
 
 LICENCE = "apache-2.0"
+CardMaker = Callable[[str | None], str]  # from the card that is there
 
 
 def prepare(
     runs: Sequence[Run], repo_id: str, licence: str = LICENCE, max_shard_size: str = "5GB", token: str | None = None
-) -> tuple[Bundle, str]:
-    """Everything that can be done and can fail without the Hub: the files, and the generated card."""
+) -> tuple[Bundle, CardMaker]:
+    """Everything that can be done and can fail without the Hub: the files, and what makes the card from the old one."""
     scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,))
     bundle = bundle_of(runs[0], scrub, max_shard_size)
-    card = card_of(runs, repo_id, licence, bundle.figures)
-    check_clean({CARD: card.encode()}, scrub)
+    generated = card_of(runs, repo_id, licence, bundle.figures)
+    local = runs[0].folder / CARD
+    own = local.read_text() if local.is_file() else None
+
+    def card(theirs: str | None) -> str:
+        text = merged(generated, own if theirs is None else theirs)
+        check_clean({CARD: text.encode()}, scrub)
+        return text
+
     return bundle, card
 
 
@@ -41,12 +49,10 @@ def publish(
     """
     read = [Run.read(folder) for folder in runs]
     bundle, card = prepare(read, destination.repo_id, licence, max_shard_size, destination.token)
-    local = read[0].folder / CARD
-    own = local.read_text() if local.is_file() else None
     return push(
         destination,
         bundle.files,
         message or f"Upload {read[0].folder.resolve().name}, trained with Blueberry",
         owned=OWNED,
-        card=lambda theirs: merged(card, own if theirs is None else theirs),
+        card=card,
     )

@@ -14,6 +14,7 @@ from blueberry.spectral.log import SpectralLog
 
 CONFIG, MODEL_CONFIG, RESULTS, PROVENANCE = "config.yaml", "config.json", "eval_results.json", "provenance.json"
 AUDIT = "optimizer_audit.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Run:
 
     Attributes:
         settings: its arguments (config.yaml).
-        config: of the model (config.json).
+        config: of the model (config.json), or of the adapter (adapter_config.json).
         metrics: final ones, `eval_loss` and others.
         provenance: see `blueberry.training.provenance`; empty for runs of versions that did not record it.
         audit: which parameter got which optimizer.
@@ -44,16 +45,17 @@ class Run:
             raise UsageError(f"--run {folder}: no such folder; name the output folder of a training run")
         if not (folder / CONFIG).is_file():
             raise UsageError(f"--run {folder} holds no {CONFIG}: name the output folder of a training run")
-        for needed in (MODEL_CONFIG, RESULTS):
+        config = config_name(folder)
+        for needed in (config, RESULTS):
             if not (folder / needed).is_file():
                 raise UsageError(f"--run {folder} has no final model ({needed} is missing): let the run come to its "
                                  "end, with --resume_from_checkpoint if it was stopped")  # fmt: skip
         try:
             settings = yaml.safe_load((folder / CONFIG).read_text())
-            found = {name: _json(folder / name) for name in (MODEL_CONFIG, RESULTS, PROVENANCE, AUDIT)}
+            found = {name: _json(folder / name) for name in (config, RESULTS, PROVENANCE, AUDIT)}
         except (yaml.YAMLError, ValueError) as error:
             raise UsageError(f"--run {folder}: a file is damaged: {' '.join(str(error).split())}") from error
-        run = cls(folder, settings, found[MODEL_CONFIG], found[RESULTS], found[PROVENANCE] or {}, found[AUDIT] or [])
+        run = cls(folder, settings, found[config], found[RESULTS], found[PROVENANCE] or {}, found[AUDIT] or [])
         if not run.weights:
             raise UsageError(f"--run {folder} has no final model (model.safetensors is missing): let the run come to "
                              "its end, with --resume_from_checkpoint if it was stopped")  # fmt: skip
@@ -62,7 +64,18 @@ class Run:
     @property
     def weights(self) -> list[Path]:
         """The files of the final model."""
-        return sorted(self.folder.glob("model*.safetensors"))
+        return weights_of(self.folder)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter of PEFT to another model."""
+        return "peft_type" in self.config
+
+    @property
+    def base(self) -> str:
+        """Of an adapter: the Hub id of its model, or the name of the folder that it was read from."""
+        name = self.config["base_model_name_or_path"]
+        return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
@@ -84,6 +97,16 @@ class Run:
     def spectral_log(self) -> SpectralLog | None:
         log = SpectralLog(self.folder / SPECTRAL_LOG)
         return log if log.parts() else None
+
+
+def config_name(folder: Path) -> str:
+    """The file that describes the model or adapter in `folder`."""
+    return ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else MODEL_CONFIG
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The safetensors files of the model or adapter in `folder`."""
+    return sorted([*folder.glob("model*.safetensors"), *folder.glob(ADAPTER_WEIGHTS)])
 
 
 def _json(path: Path) -> Any:

@@ -7,6 +7,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from blueberry.errors import UsageError
 
+from .run import weights_of
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -15,7 +17,7 @@ def sharded(folder: Path, scratch: Path, max_shard_size: str) -> dict[str, bytes
 
     max_shard_size: such as 5GB.
     """
-    files = sorted(folder.glob("model*.safetensors"))
+    files = weights_of(folder)
     if all(path.stat().st_size <= _bytes(max_shard_size) for path in files):
         index = folder / INDEX
         return {path.name: path for path in files} | ({INDEX: index.read_bytes()} if index.is_file() else {})

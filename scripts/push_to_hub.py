@@ -59,12 +59,11 @@ def show(folders: list[Path], settings: argparse.Namespace) -> None:
 
     runs = [Run.read(folder) for folder in folders]
     bundle, card = prepare(runs, settings.repo_id, settings.license, settings.max_shard_size)
-    print("\n".join(table(bundle.sizes() | {CARD: len(card.encode())})))
+    print("\n".join(table(bundle.sizes() | {CARD: len(card(None).encode())})))
 
 
 def write_card(folders: list[Path], settings: argparse.Namespace) -> None:
-    """The card as a file of the run, keeping what was edited in it."""
-    from hub.merging import merged
+    """The card as a file of the run, with what was edited in the one that is there."""
     from hub.publish import prepare
     from hub.push import CARD
     from hub.run import Run
@@ -73,7 +72,7 @@ def write_card(folders: list[Path], settings: argparse.Namespace) -> None:
     repo_id = settings.repo_id or f"USER/{folders[0].resolve().name}"
     bundle, card = prepare(runs, repo_id, settings.license, settings.max_shard_size)
     path = folders[0] / CARD
-    path.write_text(merged(card, path.read_text() if path.is_file() else None))
+    path.write_text(card(None))
     for name, content in bundle.files.items():
         if name.startswith("figures/"):
             (folders[0] / name).parent.mkdir(exist_ok=True)

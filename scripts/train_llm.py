@@ -179,7 +179,8 @@ def check_evaluation(data, args) -> None:
         )
 
 
-def make_trainer(model, data, args, callbacks):
+def make_trainer(model, data, args, callbacks, trainer_class=None):
+    """`trainer_class`: BlueberryTrainer unless given."""
     from huggingface_hub.errors import HfHubHTTPError
 
     from blueberry import BlueberryTrainer
@@ -187,7 +188,7 @@ def make_trainer(model, data, args, callbacks):
 
     check_evaluation(data, args)
     try:
-        return BlueberryTrainer(
+        return (trainer_class or BlueberryTrainer)(
             model=model,
             args=args,
             train_dataset=data.train,

@@ -97,6 +97,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
             "HF_TOKEN_PATH": str(tmp_path / "token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub_is_reachable.cache_clear()
         yield server

@@ -1,0 +1,168 @@
+"""Fine-tune any causal model with LoRA by Muon, StiefelMuon or AdamW, and watch the spectra of BA.
+
+python scripts/finetune.py --model results/NAME --dataset my.jsonl --train_tokens 1000000 --track_manifold true
+python scripts/finetune.py --model HUB_ID --dataset my.jsonl --optimizer manifold --lora_experts true
+
+`--optimizer manifold` keeps the columns of every B orthonormal (StiefelMuon) and gives A to Muon. The run folder holds
+the adapter; `PeftModel.from_pretrained(base, FOLDER)` loads it, `--merge true` writes the merged model into
+FOLDER/merged, `--push_to_hub true --hub_model_id USER/NAME` shares the adapter, as push_to_hub.py does. All other
+arguments are those of train_llm.py.
+"""
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blueberry.errors import UsageError, run_script
+
+EXPERTS = ".experts."
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass
+class AdapterArguments:
+    """What to fine-tune, and what the adapter reaches."""
+
+    model: str = field(default="", metadata={"help": "Folder of a run or model, or Hub id; ID@REVISION."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the modeling code of the model's author."})
+    lora_r: int = field(default=8, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "BA is scaled by alpha / r."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(ATTENTION), metadata={"help": "Names of linear layers; or all-linear."}
+    )
+    lora_experts: bool = field(default=False, metadata={"help": "Reach the experts too (stacks of matrices)."})
+    merge: bool = field(default=False, metadata={"help": "Also write the model with the adapter merged into it."})
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UsageError("--model is missing: name the folder or Hub id of a model")
+        if self.lora_r < 1:
+            raise UsageError(f"--lora_r {self.lora_r}: must be at least 1")
+
+
+def main() -> None:
+    import train_llm
+
+    from blueberry.training.arguments import BlueberryTrainingArguments
+    from blueberry.training.data import DataArguments
+    from blueberry.training.parser import BlueberryArgumentParser
+    from blueberry.training.resuming import check_same_run, find_checkpoint, is_finished
+    from blueberry.training.run_folder import RunFolderCallback, check_run_folder, describe, mend_run_folder
+
+    groups = [AdapterArguments, DataArguments, train_llm.TrackingArguments, BlueberryTrainingArguments]
+    adapter_args, data_args, tracking_args, args = BlueberryArgumentParser(groups).parse()
+    train_llm.set_up_cpu(args)
+    train_llm.check_arguments(data_args, tracking_args, args)
+    mend_run_folder(args)
+    checkpoint = find_checkpoint(args)
+    check_run_folder(args, checkpoint)
+    settings = describe(args, adapter_args, data_args, tracking_args)
+    check_same_run(settings, checkpoint)
+    folder = RunFolderCallback(settings, checkpoint)
+    with closing(folder):
+        trainer, data = set_up(adapter_args, data_args, tracking_args, args, folder)
+        if not is_finished(trainer, checkpoint):
+            train_llm.train(trainer, checkpoint, folder)
+            train_llm.finish(trainer, data, settings)
+        if adapter_args.merge and trainer.is_world_process_zero():
+            save_merged(trainer, Path(args.output_dir) / "merged")
+
+
+def set_up(adapter_args, data_args, tracking_args, args, folder):
+    """Model, data, adapter, trainer: everything that can fail on bad input."""
+    import train_llm
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from blueberry.optim.stiefel_lora import start_orthonormal
+    from blueberry.training.data import prepare_data
+    from blueberry.training.model import positions
+    from blueberry.training.resuming import check_same_identity, identity
+
+    model, name = load_model(adapter_args)
+    data_args.tokenizer = data_args.tokenizer or name
+    config = model.config
+    data = prepare_data(data_args, vocab_size=config.get_text_config().vocab_size, max_positions=positions(config))
+    print(data.description)
+    folder.identity = identity(args, config, data)
+    check_same_identity(folder.identity, folder.checkpoint)
+    pushing = train_llm.pushes(args)
+    set_seed(args.seed)
+    wrapped = get_peft_model(model, lora_config(model, adapter_args))
+    if args.optimizer == "manifold":
+        start_orthonormal(wrapped)
+    callbacks = [folder, *train_llm.make_callbacks(wrapped, tracking_args, args), *pushing]
+    return train_llm.make_trainer(wrapped, data, args, callbacks, trainer_class()), data
+
+
+def load_model(arguments: AdapterArguments):
+    """(model, where its tokenizer is)."""
+    from transformers import AutoModelForCausalLM
+
+    import blueberry  # noqa: F401 (registers its models)
+    from blueberry.training.hub_access import hub_or_cache
+    from blueberry.training.reading import is_local_path
+
+    name, _, revision = arguments.model.partition("@")
+    if is_local_path(name) and not Path(name).is_dir():
+        raise UsageError(f"--model {name}: no such folder; check the path")
+    if not Path(name).is_dir():
+        hub_or_cache()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=arguments.trust_remote_code, dtype="float32"
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())[:300]}") from error
+    return model, name
+
+
+def lora_config(model, arguments: AdapterArguments):
+    """Attention by default, and the experts by the names of their parameters."""
+    from peft import LoraConfig
+
+    names = {module for module, _ in model.named_modules()}
+    targets = arguments.lora_targets
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    elif missing := [target for target in targets if not any(name.split(".")[-1] == target for name in names)]:
+        raise UsageError(f"--lora_targets {missing[0]}: the model has no module of this name; see its config")
+    experts = sorted({name.split(".layers.")[-1].partition(".")[2] for name, parameter in model.named_parameters()
+                      if EXPERTS in name and parameter.ndim == 3})  # fmt: skip
+    if arguments.lora_experts and not experts:
+        raise UsageError("--lora_experts true: the model has no experts; leave it out")
+    return LoraConfig(
+        r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets, task_type="CAUSAL_LM",
+        target_parameters=experts if arguments.lora_experts else None,
+    )  # fmt: skip
+
+
+def trainer_class():
+    """BlueberryTrainer, with StiefelMuon for the factors B where the optimizer is `manifold`."""
+    from blueberry import BlueberryTrainer
+    from blueberry.optim.stiefel_lora import create_stiefel_lora_optimizer
+
+    class LoraTrainer(BlueberryTrainer):
+        def create_optimizer(self, model=None):
+            if self.optimizer is None and self.args.optimizer == "manifold":
+                args = self.args
+                self.optimizer = create_stiefel_lora_optimizer(
+                    self.model if model is None else model, muon_lr=args.muon_lr, momentum=args.muon_momentum,
+                    adamw_lr=args.adamw_lr, adam_beta1=args.adam_beta1, adam_beta2=args.adam_beta2,
+                    adam_epsilon=args.adam_epsilon, max_grad_norm=args.max_grad_norm, weight_decay=args.weight_decay,
+                )  # fmt: skip
+            return super().create_optimizer(model)
+
+    return LoraTrainer
+
+
+def save_merged(trainer, folder: Path) -> None:
+    """A model that needs no PEFT."""
+    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    merged.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    print(f"merged model {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

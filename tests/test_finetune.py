@@ -1,0 +1,134 @@
+"""scripts/finetune.py and prepare_data.py at toy size: adapters that train, resume, load, merge and travel."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_peft import EXPERTS, base_model
+from transformers import AutoModelForCausalLM
+
+import blueberry  # noqa: F401 (registers the models)
+from blueberry.optim.splits import cut
+from blueberry.optim.stiefel_lora import create_stiefel_lora_optimizer, start_orthonormal
+
+LORA = ["--lora_r", 4, "--lora_experts", "true", "--train_tokens", 4096, "--per_device_train_batch_size", 8,
+        "--logging_steps", 4, "--save_steps", 8, "--use_cpu", "true", "--max_validation_tokens", 2048,
+        "--validation_fraction", 0.2]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(arguments: list, run_script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "base"
+    run_script("train_llm.py", *arguments, "--output_dir", folder)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(20)[None]).logits
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "manifold", "adamw"])
+def test_adapters_train_load_and_merge(base, small_corpus, script, tmp_path, optimizer):
+    """PeftModel loads what was trained; the merged model computes the same; spectra of BA are in the log."""
+    out = tmp_path / "adapter"
+    script("finetune.py", "--model", base, "--dataset", small_corpus, *LORA, "--optimizer", optimizer, "--merge",
+           "true", "--output_dir", out, "--track_manifold", "true", "--track_every_n_steps", 8)  # fmt: skip
+    plain = logits(AutoModelForCausalLM.from_pretrained(base))
+    adapted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out))
+    assert (adapted - plain).abs().max() > 1e-3
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(out / "merged")), adapted, atol=1e-4, rtol=0
+    )
+    log = pd.read_parquet(out / "spectral_log")
+    assert log.projection.str.contains("lora").all() or log.parameter.str.contains("lora").all()
+    assert (log[log.step == log.step.max()].spectral_norm > 0).all()
+    if optimizer == "manifold":
+        for name, factor in load_file(out / "adapter_model.safetensors").items():
+            if "lora_B" in name and "experts" not in name:  # (out, 4)
+                torch.testing.assert_close(factor.T @ factor, torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_a_resumed_adapter_is_that_of_an_uninterrupted_run(base, small_corpus, script, tmp_path):
+    given = ["--model", base, "--dataset", small_corpus, *LORA, "--optimizer", "manifold"]
+    script("finetune.py", *given, "--output_dir", tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-8"
+    (tmp_path / "again").mkdir()
+    checkpoint.rename(tmp_path / "again" / "checkpoint-8")
+    for name in ("config.yaml", "identity.json"):
+        (tmp_path / "again" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    script("finetune.py", "--resume_from_checkpoint", tmp_path / "again" / "checkpoint-8", "--model", base)
+    whole, again = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "again"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_every_expert_has_an_orthonormal_factor_and_starts_at_zero():
+    from peft import LoraConfig
+
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=EXPERTS)
+    model = get_peft_model(base_model("qwen3_moe"), config)
+    start_orthonormal(model)
+    optimizer = create_stiefel_lora_optimizer(model, muon_lr=0.05)
+    before = logits(model)
+    torch.testing.assert_close(before, logits(base_model("qwen3_moe")))
+    for step in range(3):
+        ids = torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    factors = [a for a in optimizer.assignments if a.optimizer == "stiefel_muon"]
+    assert len(factors) == 3
+    for assignment in factors:
+        for part in cut(assignment.parameter.detach(), assignment.layout):  # (..., out, 3)
+            torch.testing.assert_close(part.mT @ part, torch.eye(3).expand(*part.shape[:-2], 3, 3), atol=1e-4, rtol=0)
+    assert (logits(model) - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "--model is missing"),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--model", "BASE", "--lora_r", 0], "must be at least 1"),
+        (["--model", "BASE", "--lora_targets", "query"], "has no module of this name"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(base, small_corpus, script, capsys, tmp_path, given, expected):
+    given = [base if item == "BASE" else item for item in given]
+    with pytest.raises(SystemExit) as stopped:
+        script("finetune.py", *given, "--dataset", small_corpus, "--train_tokens", 512, "--validation_fraction", 0.2,
+               "--output_dir", tmp_path / "out")  # fmt: skip
+    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_prepared_windows_are_pushed_and_trained_on(hub, base, small_corpus, script, tmp_path):
+    given = ["--dataset", small_corpus, "--tokenizer", base, "--max_length", 32, "--validation_fraction", 0.2]
+    script("prepare_data.py", *given, "--output_dir", tmp_path / "windows", "--push_to_hub", "ann/windows")
+    files = HfApi().list_repo_files("ann/windows", repo_type="dataset")
+    assert {"README.md", "data/train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"} <= set(files)
+    path = HfApi().hf_hub_download("ann/windows", "data/train-00000-of-00001.parquet", repo_type="dataset")
+    assert pd.read_parquet(path).input_ids.map(len).eq(32).all()
+    script("finetune.py", "--model", base, "--dataset", tmp_path / "windows", *LORA, "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_is_pushed_while_training_and_loaded_from_the_hub(hub, base, small_corpus, script, tmp_path):
+    """PeftModel takes it by its id; the card names its base; no folder of this machine is in it."""
+    from huggingface_hub import ModelCard
+
+    out = tmp_path / "adapter"
+    script("finetune.py", "--model", base, "--dataset", small_corpus, *LORA, "--output_dir", out, "--push_to_hub",
+           "true", "--hub_model_id", "ann/adapter")  # fmt: skip
+    model = lambda name: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), name)
+    HfApi().snapshot_download("ann/adapter", local_dir=tmp_path / "all")
+    assert torch.equal(logits(model(str(tmp_path / "all"))), logits(model(out)))
+    assert torch.equal(logits(model("ann/adapter")), logits(model(out)))
+    card = ModelCard.load(tmp_path / "all" / "README.md")
+    assert card.data.library_name == "peft" and "LORA of rank 4" in card.text and "`base` stands for" in card.text
+    files = [path for path in (tmp_path / "all").rglob("*") if path.is_file() and ".cache" not in path.parts]
+    assert not [path for path in files if str(base.parent).encode() in path.read_bytes()]
+    assert len(HfApi().list_repo_commits("ann/adapter")) == 4  # the first, two checkpoints, the finished run
