@@ -19,7 +19,7 @@ CardMaker = Callable[[str | None], str]  # from the card that is there
 def prepare(
     runs: Sequence[Run], repo_id: str, licence: str = LICENCE, max_shard_size: str = "5GB", token: str | None = None
 ) -> tuple[Bundle, CardMaker]:
-    """Everything that can be done and can fail without the Hub: the files, and what makes the card from the old one."""
+    """What can be done, and can fail, without the Hub: the files, and what makes a card from the one that is there."""
     scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,))
     bundle = bundle_of(runs[0], scrub, max_shard_size)
     generated = card_of(runs, repo_id, licence, bundle.figures)
