@@ -22,8 +22,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "additional_chat_templates/*.jinja")  # fmt: skip
 _TEXTS = ("generation_config.json", RESULTS, PROVENANCE, AUDIT, "optimizer_audit.md", *_TOKENIZER)
 # Files of an earlier push that the next one deletes when it does not bring them again.
-OWNED = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "*_blueberry.py", "runs/*", "figures/*",
-         "spectral_log/*")  # fmt: skip
+OWNED = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "*_blueberry.py",
+         "runs/*", "figures/*", "spectral_log/*")  # fmt: skip
 
 
 @dataclass

@@ -58,7 +58,7 @@ class PushToHubCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         try:
             bundle = self._bundle(Path(args.output_dir), checkpoint)
-            push(self.destination, bundle.files, f"Training in progress, step {state.global_step}", owned=OWNED[:2])
+            push(self.destination, bundle.files, f"Training in progress, step {state.global_step}", owned=OWNED[:3])
         except UsageError as error:
             logger.warning("step %d was not pushed: %s", state.global_step, error)
 

@@ -64,6 +64,7 @@ def show(folders: list[Path], settings: argparse.Namespace) -> None:
 
 def write_card(folders: list[Path], settings: argparse.Namespace) -> None:
     """The card as a file of the run, with what was edited in the one that is there."""
+    from hub.card import FIGURES
     from hub.publish import prepare
     from hub.push import CARD
     from hub.run import Run
@@ -73,10 +74,9 @@ def write_card(folders: list[Path], settings: argparse.Namespace) -> None:
     bundle, card = prepare(runs, repo_id, settings.license, settings.max_shard_size)
     path = folders[0] / CARD
     path.write_text(card(None))
-    for name, content in bundle.files.items():
-        if name.startswith("figures/"):
-            (folders[0] / name).parent.mkdir(exist_ok=True)
-            (folders[0] / name).write_bytes(content.read_bytes())
+    for name in FIGURES.keys() & set(bundle.figures):
+        (folders[0] / "figures").mkdir(exist_ok=True)
+        (folders[0] / "figures" / name).write_bytes(bundle.files[f"figures/{name}"].read_bytes())
     print(f"card {path}")
 
 

@@ -35,6 +35,7 @@ _LEFT_OUT = {
     "do_eval", "do_predict", "dataloader_pin_memory",
 }  # fmt: skip
 _LOCK = ".lock"
+_CARD = {"README.md", "figures"}  # of an earlier run, without which a folder holds none
 _EMPTY = (None, "", [], {}, dataclasses.MISSING)
 
 
@@ -76,7 +77,11 @@ def check_run_folder(args: BlueberryTrainingArguments, checkpoint: Path | None) 
     folder = Path(args.output_dir)
     if args.process_index == 0 and (reason := _why_not_writable(folder)):
         raise UsageError(f"--output_dir {folder}: {reason}; name a folder that can be written")
-    if not folder.is_dir() or all(path.name == _LOCK for path in folder.iterdir()) or _goes_on(folder, checkpoint):
+    if (
+        not folder.is_dir()
+        or all(path.name in {_LOCK, *_CARD} for path in folder.iterdir())
+        or _goes_on(folder, checkpoint)
+    ):
         return
     if not (folder / CONFIG).is_file():
         raise UsageError(f"--output_dir {folder} holds files that are no run of Blueberry: name another folder")
