@@ -235,7 +235,11 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 def where(ours: Any, theirs: Any) -> str:
-    """Under which keys, if they are mappings."""
+    """Under which keys, if they are mappings; in which columns, if they are tables."""
+    if isinstance(theirs, pd.DataFrame):
+        if len(ours) != len(theirs):
+            return f": {len(ours)} rows and not {len(theirs)}"
+        return f" in {', '.join(name for name in theirs if not theirs[name].equals(ours[name]))}"
     if not isinstance(theirs, dict):
         return ""
     keys = [str(key) for key in ours.keys() | theirs.keys() if not equal(ours.get(key), theirs.get(key))]

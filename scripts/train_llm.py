@@ -302,7 +302,7 @@ def finish(trainer, data, settings) -> None:
     print_summary(trainer, data, metrics, None if board is None else board.logging_dir)
     if tracking := trainer.pop_callback(SpectralMetricsCallback):
         print(tracking.summary())
-    if data.tokenizer is not None:
+    if data.tokenizer is not None and not trainer.is_fsdp_enabled:  # of a sharded model all processes would have to
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")
     if settings["push_to_hub"]:
         push_finished(trainer, folder)

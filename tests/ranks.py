@@ -29,7 +29,8 @@ def run_ranks(work: Callable[[int, Path], Any], ranks: int, folder: Path) -> lis
 
 def _run(work: Callable[[int, Path], Any], rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     store = f"file://{folder}/store-{ranks}"
     try:
         dist.init_process_group(

@@ -178,7 +178,9 @@ class SpectralMetricsCallback(TrainerCallback):
         the trackers end the run; pass on what is finished."""
         own = self._budget.spent_in_training - self._spent_before
         self._budget.count_step(time.perf_counter() - self._step_begin - own)
-        if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
+        if control.should_save:
+            self._before_checkpoint(state)
+        elif control.should_training_stop or state.global_step >= state.max_steps:
             self._join()
         self._pass_on()
 
@@ -187,20 +189,19 @@ class SpectralMetricsCallback(TrainerCallback):
     ) -> None:
         """Wait: a checkpoint may be written now."""
         if control.should_save:
-            self._join()
+            self._before_checkpoint(state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Wait: `save_strategy="best"` decides on a checkpoint after this event."""
         if args.save_strategy == SaveStrategy.BEST:
-            self._join()
+            self._before_checkpoint(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the peaks since the last log beside it, for each checkpoint that is still there."""
+        """Keep the peaks for each checkpoint that is still there."""
         if self._peaks is None:
             return
-        self._guarded("peaks", lambda: self._peaks.save(self._peaks_file(state)))
         for path in self.log.path.glob(".peaks-*.json"):
             step = path.stem.partition("-")[2]
             if not (Path(args.output_dir) / f"checkpoint-{step}").exists():
@@ -368,6 +369,13 @@ class SpectralMetricsCallback(TrainerCallback):
             peaks = self._peaks.take() if self._peaks is not None and step else {}
             self._logs += 1
             self._pending = _WORKER.submit(self._work, step, tokens, after, before, peaks)
+
+    def _before_checkpoint(self, state: TrainerState) -> None:
+        """Rows, and the peaks since them, must be there when a checkpoint is: the process may be killed in between."""
+        self._join()
+        if self._peaks is not None:
+            self.log.path.mkdir(parents=True, exist_ok=True)
+            self._guarded("peaks", lambda: self._peaks.save(self._peaks_file(state)))
 
     def _join(self) -> None:
         """Wait for the log under way; an error in it is raised here."""

@@ -63,6 +63,17 @@ class CheckpointingTrainer(Trainer):
         if self._signals.agreed is not None:
             raise Stopped(self._signals.agreed)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; under FSDP a checkpoint may be sharded, but a model that a user saves is whole."""
+        if not self.is_fsdp_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        kind = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir)
+        plugin.set_state_dict_type(kind)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, except that the folder gets its name when it is complete (see `checkpoints`)."""
         checkpoint = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

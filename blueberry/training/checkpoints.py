@@ -13,7 +13,7 @@ from ..errors import UsageError
 from .manifest import difference, sync_folder, write_manifest
 
 STATE = "trainer_state.json"
-PARTIAL = ".checkpoint-*"  # checkpoints that are being written, or were when the process was killed
+PARTIAL = ".checkpoint-*"  # checkpoints that are being written or deleted, or were when the process was killed
 # One pattern of each line must be there: weights, optimizer, schedule. Sharded engines use folders of other names.
 _PARTS = (
     ("model*.safetensors", "adapter_model*", "pytorch_model*"),
@@ -77,7 +77,7 @@ def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None) ->
     others = [path for path in checkpoints_of(newest.parent) if path.resolve() not in kept]
     others.sort(key=lambda path: (_number(path) < _number(newest), _number(path)))
     for path in others[: max(0, len(others) + len(kept) - limit)]:
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
 
 
 def _number(checkpoint: Path) -> int:
@@ -93,9 +93,17 @@ def _finish(folder: Path, checkpoint: Path) -> None:
     """Describe what was written, and give it its name."""
     write_manifest(folder)
     if checkpoint.is_dir():  # a damaged one, or the run was resumed further back
-        shutil.rmtree(checkpoint)
+        _delete(checkpoint)
     folder.rename(checkpoint)
     sync_folder(checkpoint.parent)
+
+
+def _delete(checkpoint: Path) -> None:
+    """First take its name away: killed in between, no half of it is left under that."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _delete_partial(run: Path) -> None:
