@@ -4,6 +4,7 @@ python scripts/benchmark.py optimizer [--set dense|moe] [--loss] [--repeats 7] [
 python scripts/benchmark.py model [--part training|...]
 python scripts/benchmark.py spectral [--preset blueberry-88m] [--part log|weightwatcher|overhead]
 python scripts/benchmark.py manifold [--part objective|reference|share]
+python scripts/benchmark.py distributed [--set dense|moe]
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from blueberry.errors import OneLineParser, UsageError, run_script
 
 # Each a module of scripts/benchmarks with `add_arguments` and `run`.
-BENCHMARKS = ("optimizer", "model", "spectral", "manifold")
+BENCHMARKS = ("optimizer", "model", "spectral", "manifold", "distributed")
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 """`BlueberryTrainer`: transformers' Trainer with the hybrid optimizer."""
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +33,14 @@ def composed_optimizer(optimizer: Optimizer) -> ComposedOptimizer | None:
     """The hybrid optimizer, out of accelerate's wrapper; None for any other one."""
     inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return inner if isinstance(inner, ComposedOptimizer) else None
+
+
+def _ranks_of_a_node(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Those that share the optimizer's work: between nodes results would travel longer than they take to compute, and
+    thousands of ranks would be more than there are matrices."""
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", group.size()))
+    is_whole = of_node == group.size() or group.size() % of_node
+    return group if is_whole else dist.new_subgroups(of_node)[0]
 
 
 class AuditCallback(TrainerCallback):
@@ -143,7 +153,7 @@ class BlueberryTrainer(CheckpointingTrainer):
         model, loader = super()._prepare_for_training(*positional, **named)
         composed = composed_optimizer(self.optimizer)
         if composed is not None and isinstance(model, DistributedDataParallel):
-            composed.share_work(model.process_group if self.args.share_optimizer_work else None)
+            composed.share_work(_ranks_of_a_node(model.process_group) if self.args.share_optimizer_work else None)
         return model, loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
