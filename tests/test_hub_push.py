@@ -6,7 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import pandas as pd
 import pytest
@@ -100,6 +103,14 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
+def without_blueberry(hub: HubServer, home: Path) -> dict[str, str]:
+    """The environment of `python -S`, which skips site's .pth files: an editable install is not found, libraries are,
+    by their folder."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return kept | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "home"), "HF_TOKEN": "",
+                   "PYTHONPATH": str(Path(torch.__file__).parents[1]), "PYTHONNOUSERSITE": "1"}  # fmt: skip
+
+
 def files_of(api: HfApi, repo_id: str, folder: Path, **how) -> dict[str, bytes]:
     """Everything in a repository, downloaded."""
     api.snapshot_download(repo_id, local_dir=folder, **how)
@@ -127,12 +138,7 @@ def test_pushed_models_load_where_blueberry_is_not_installed(hub: HubServer, run
     for name in names:
         script("push_to_hub.py", "--run", runs[name[4:]], "--repo_id", name)
         HfApi().create_branch(name, branch="first")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
-        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""
-    }  # fmt: skip
-    # Without site's .pth files an editable install of Blueberry is not found; the libraries are, by their folder.
-    libraries = str(Path(torch.__file__).parents[1])
-    environment |= {"PYTHONPATH": libraries, "PYTHONNOUSERSITE": "1"}
+    environment = without_blueberry(hub, tmp_path)
     command = [sys.executable, "-S", "-c", LOADING, "results.json", *names]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -465,3 +471,48 @@ def test_trainers_own_pushing_is_refused(runs):
 
     with pytest.raises(UsageError, match="does not push by itself"):
         BlueberryTrainer.init_hf_repo(None)
+
+
+def test_a_pushed_model_is_served_by_transformers(hub, runs, script, tmp_path):
+    """By its id on the Hub, through the OpenAI-compatible endpoint."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    script("push_to_hub.py", "--run", runs["moe"], "--repo_id", "ann/moe")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "scripts" / "serve.py", "ann/moe", "--device", "cpu", "--host", "127.0.0.1",
+               "--port", str(port)]  # fmt: skip
+    environment = without_blueberry(hub, tmp_path) | {"PYTHONPATH": str(ROOT)}
+    log = (tmp_path / "log.txt").open("w")
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log) as server:
+        try:
+            body = {"model": "ann/moe", "prompt": "The", "max_tokens": 4}
+            answer = ask(f"http://127.0.0.1:{port}/v1/completions", body, server)
+        finally:
+            server.terminate()
+    assert answer, (server.returncode, (tmp_path / "log.txt").read_text()[-3000:])
+    assert answer["choices"][0]["text"] and answer["usage"]["completion_tokens"] == 4
+
+
+def ask(url: str, body: dict, server: subprocess.Popen) -> dict | None:
+    """The answer, once the server is up; None if it is gone."""
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(240):
+        if server.poll() is not None:
+            return None
+        try:
+            with urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            pytest.fail(f"{error.code}: {error.read()[:2000]!r}")
+        except (URLError, ConnectionError):
+            threading.Event().wait(0.25)  # time.sleep is replaced here
+    return None
+
+
+def test_a_folder_with_only_a_card_takes_a_run(arguments, script, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "README.md").write_text("# mine")
+    script("train_llm.py", *arguments, "--output_dir", tmp_path)
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "README.md").read_text() == "# mine"
