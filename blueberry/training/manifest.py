@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,13 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _hash(path: Path, sync: bool = False) -> str:
-    with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file; with `sync` it is put on the disk meanwhile."""
+    with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, file.fileno()) if sync else None
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if synced is not None:
+            synced.result()
+        return digest
 
 
 def _hash_of(content: dict[str, Any]) -> str:
