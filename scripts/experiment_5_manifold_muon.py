@@ -3,8 +3,9 @@
     python scripts/experiment_5_manifold_muon.py --scale cpu
 
 Each arm's learning rate is tuned on shorter runs with a seed of their own; then every arm trains with the same seeds,
-data order and tokens. One record for each run goes to results/experiment_5/SCALE/, and the same command goes on where
-an interrupted one stopped. The last lines are the table, saved there as table.md and summary.json.
+data order and tokens. Every run is a trial of an Optuna study and leaves a record in results/experiments/SCALE/runs,
+and the same command goes on where an interrupted one stopped. The last lines are the table, saved in
+results/experiments/SCALE/experiment_5/.
 """
 
 import argparse
@@ -13,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from study import Record, Run, paired, record_of, tuned
-from transformers import TrainerCallback
+from benchmarks.common import Record
+from experiments.intervals import mean, paired
+from experiments.runs import Run
+from experiments.sweeps import Laboratory, grid, run_points, tuned_rates
 
 from blueberry.configuration_blueberry import PRESETS
 from blueberry.errors import OneLineParser, UsageError, run_script
-from blueberry.training.data import DataArguments, PreparedData, prepare_data
 from blueberry.training.run_folder import write_json
-from blueberry.training.trainer import composed_optimizer
 
+NAME = "experiment_5"
 ARMS = {"adamw": 0.002, "muon": 0.02, "manifold": 0.02}  # where the search for the learning rate starts
 TUNING_SEED = 1000
-CHECK_EVERY = 10  # steps between checks of the constraint
 WINDOW = 20  # steps of the running deviation of the loss
 
 
@@ -36,6 +36,7 @@ class Scale:
     steps: int
     batch: int  # sequences a step
     length: int  # tokens of a sequence
+    model_name: str
     model: dict[str, Any]
 
     @property
@@ -50,10 +51,10 @@ _SMOKE = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_att
 _MEDIUM = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
            "moe_intermediate_size": 2048}  # fmt: skip
 SCALES = {
-    "smoke": Scale(12, 4, 32, _SMALL | _SMOKE),
-    "cpu": Scale(600, 16, 256, _SMALL),
-    "paper": Scale(1000, 24, 512, _SMALL),
-    "medium": Scale(1000, 24, 512, _SMALL | _MEDIUM),
+    "smoke": Scale(12, 4, 32, "manifold-smoke", _SMALL | _SMOKE),
+    "cpu": Scale(600, 16, 256, "manifold-small", _SMALL),
+    "paper": Scale(1000, 24, 512, "manifold-small", _SMALL),
+    "medium": Scale(1000, 24, 512, "manifold-medium", _SMALL | _MEDIUM),
 }
 
 
@@ -62,15 +63,13 @@ def main() -> None:
     scale = SCALES[arguments.scale]
     sizes = {name: getattr(arguments, name) or getattr(scale, name) for name in ("steps", "batch", "length")}
     scale = dataclasses.replace(scale, **sizes)
-    evaluated = 32 * scale.batch * scale.length
-    data_arguments = DataArguments(arguments.dataset, max_length=scale.length, max_validation_tokens=evaluated)
-    data = prepare_data(data_arguments, vocab_size=scale.model["vocab_size"], max_positions=scale.length)
-    folder = Path(arguments.output_dir or f"results/experiment_5/{arguments.scale}")
-    rates, records = run_all(scale, arguments.dataset, arguments.seeds, data, folder)
+    folder = Path(arguments.output_dir or f"results/experiments/{arguments.scale}")
+    laboratory = Laboratory(folder, arguments.storage, arguments.workers)
+    rates, records = run_all(scale, arguments.dataset, arguments.seeds, laboratory)
     rows = success_table(records)
-    write_json(folder / "summary.json", {"learning_rates": rates, "table": rows})
-    (folder / "table.md").write_text(as_markdown(rows, rates, records))
-    print("\n" + (folder / "table.md").read_text())
+    write_json(folder / NAME / f"{NAME}_results.json", {"learning_rates": rates, "table": rows})
+    (folder / NAME / "table.md").write_text(table := as_markdown(rows, rates, records))
+    print("\n" + table)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,7 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dataset", default="sotu", help="as in train_llm.py")
-    parser.add_argument("--output_dir", help="default: results/experiment_5/SCALE")
+    parser.add_argument("--output_dir", help="default: results/experiments/SCALE")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train side by side")
+    parser.add_argument("--storage", help="URL of the Optuna database (default: studies.sqlite in output_dir)")
     for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
         parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
     arguments = parser.parse_args()
@@ -88,43 +89,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_all(
-    scale: Scale, dataset: str, seeds: list[int], data: PreparedData, folder: Path
+    scale: Scale, dataset: str, seeds: list[int], laboratory: Laboratory
 ) -> tuple[dict[str, float], dict[str, list[Record]]]:
     """The learning rate and the records of each arm, one record for each seed."""
-    rates, records = {}, {arm: [] for arm in ARMS}
-    for arm, start in ARMS.items():
-        first = Run(scale.model, dataset, scale.tuning_steps, scale.batch, scale.length, TUNING_SEED, arm, start)
-        rates[arm] = tuned(first, data, folder / "tuning")
-        print(f"{arm}: learning rate {rates[arm]:g}", flush=True)
-    for seed in seeds:
-        for arm in ARMS:
-            run = Run(scale.model, dataset, scale.steps, scale.batch, scale.length, seed, arm, rates[arm])
-            record = record_of(run, data, folder, [Health()])
-            records[arm].append(record)
-            print(f"{run.name}: validation loss {record['eval_loss']:.4f}, {record['seconds']:.0f} s", flush=True)
-    return rates, records
-
-
-class Health(TrainerCallback):
-    """`numbers`: the largest constraint error of a run's checks, and the hidden matrices' singular values after it."""
-
-    def __init__(self) -> None:
-        self.numbers: Record = {"checks": 0, "violations": 0, "max_violation": {}}
-
-    def on_step_end(self, args, state, control, optimizer, **kwargs) -> None:
-        if state.global_step % CHECK_EVERY and state.global_step != state.max_steps:
-            return
-        report = composed_optimizer(optimizer).check_constraints()
-        self.numbers["checks"] += 1
-        self.numbers["violations"] += report["total_violations"]
-        largest = self.numbers["max_violation"]
-        for name, part in report["by_type"].items():
-            largest[name] = max(largest.get(name, 0.0), part["max_violation"])
-
-    def on_train_end(self, args, state, control, model, **kwargs) -> None:
-        matrices = [p.detach() for name, p in model.named_parameters() if "_proj" in name]
-        sigma = torch.cat([torch.linalg.svdvals(matrix.double()).flatten() for matrix in matrices])
-        self.numbers |= {"sigma_min": sigma.min().item(), "sigma_max": sigma.max().item()}
+    size = (scale.model_name, scale.model, dataset)
+    short = {arm: Run(*size, scale.tuning_steps, scale.batch, scale.length, arm, lr, seed=TUNING_SEED)
+             for arm, lr in ARMS.items()}  # fmt: skip
+    rates, _ = tuned_rates(f"{NAME}-tuning", short, laboratory)
+    arms = {arm: Run(*size, scale.steps, scale.batch, scale.length, arm, lr, evaluations=10, spectral_logs=20)
+            for arm, lr in rates.items()}  # fmt: skip
+    points = grid(seed=seeds, arm=list(arms))
+    records = run_points(NAME, arms, points, laboratory)
+    return rates, {arm: [r for r, p in zip(records, points, strict=True) if p["arm"] == arm] for arm in arms}
 
 
 def success_table(records: dict[str, list[Record]]) -> list[Record]:
@@ -167,10 +143,6 @@ def gradient_variation(record: Record) -> float:
     """Standard deviation of the gradient's norm over its mean, in the second half of the run."""
     norms = pd.Series(record["gradient_norms"])[len(record["gradient_norms"]) // 2 :]
     return float(norms.std() / norms.mean())
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def as_markdown(rows: list[Record], rates: dict[str, float], records: dict[str, list[Record]]) -> str:

@@ -1,0 +1,1 @@
+"""What the experiments share: runs and their records, sweeps on Optuna, statistics over seeds, figures."""

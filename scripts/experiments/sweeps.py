@@ -1,0 +1,188 @@
+"""Runs as trials of an Optuna study: made once, by any number of workers, going on where an interruption cut them off.
+
+The study lives in a database that several machines can share, the records in files beside it.
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from benchmarks.common import Record
+from filelock import FileLock
+from optuna.samplers import RandomSampler
+from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState
+
+from blueberry.errors import UsageError
+
+from .runs import Run, finished_record, record_of
+
+HEARTBEAT = 10  # seconds; a trial without one for three of these was killed, and is tried again
+FURTHEST = 3  # steps of a learning rate's grid that tuning goes beyond its start
+Point = dict[str, Any]  # values of the parameters of one trial; "arm" names the run that they change
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """Where runs are recorded, and by how many processes they are made."""
+
+    folder: Path  # of runs/ and studies.sqlite
+    storage: str | None = None  # URL of another database
+    workers: int = 1
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def open_storage(self) -> RDBStorage:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        url = self.storage or f"sqlite:///{self.folder / 'studies.sqlite'}"
+        retry = RetryFailedTrialCallback(max_retry=2)
+        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, failed_trial_callback=retry)
+
+
+def grid(**values: Iterable[Any]) -> list[Point]:
+    """Every combination."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def run_points(name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory) -> list[Record]:
+    """The records of `points`, each a trial of the study `name`: what is finished is read, the rest is trained.
+
+    Raises UsageError when the study was made with other arms.
+    """
+    study = open_study(name, arms, laboratory)
+    for point in points:
+        study.enqueue_trial(point, skip_if_exists=True)
+    while True:
+        if waiting := len(_trials(study, TrialState.WAITING)):
+            _work(name, arms, points, laboratory, min(laboratory.workers, waiting))
+        records = [finished_record(run_of(arms, point), laboratory.runs) for point in points]
+        if None not in records:
+            return records
+        _queue_again(study, [point for point, record in zip(points, records, strict=True) if record is None])
+
+
+def open_study(name: str, arms: Mapping[str, Run], laboratory: Laboratory, **settings: Any) -> optuna.Study:
+    """The study of that name, made if it is not there; `settings` are `optuna.create_study`'s."""
+    study = optuna.create_study(storage=laboratory.open_storage(), study_name=name, load_if_exists=True, **settings)
+    described = json.dumps({arm: asdict(run) for arm, run in arms.items()}, sort_keys=True)
+    if study.user_attrs.setdefault("arms", described) != described:
+        raise UsageError(
+            f"study {name} in {laboratory.folder} was made with another config: use another --output_dir, or the "
+            "arguments it was made with"
+        )
+    study.set_user_attr("arms", described)
+    return study
+
+
+def run_of(arms: Mapping[str, Run], point: Point) -> Run:
+    """The run of an arm with the parameters of a point."""
+    return arms[point["arm"]].with_(**{name: value for name, value in point.items() if name != "arm"})
+
+
+def tuned_rates(
+    name: str, arms: Mapping[str, Run], laboratory: Laboratory, factor: float = 2.0
+) -> tuple[dict[str, float], list[Record]]:
+    """The learning rate of each arm with the least validation loss, and the records of all that were tried.
+
+    A geometric grid around the arm's own rate, which goes on beyond its better end, at most `FURTHEST` steps, until
+    the best lies inside.
+    """
+    tried = {arm: [run.lr / factor, run.lr, run.lr * factor] for arm, run in arms.items()}
+    for _ in range(FURTHEST):
+        points = [{"arm": arm, "lr": lr} for arm, rates in tried.items() for lr in rates]
+        records = run_points(name, arms, points, laboratory)
+        losses = {(p["arm"], p["lr"]): loss_of(r) for p, r in zip(points, records, strict=True)}
+        best = {arm: min(rates, key=lambda lr, arm=arm: losses[arm, lr]) for arm, rates in tried.items()}
+        ends = {arm: (min(rates), max(rates)) for arm, rates in tried.items()}
+        beyond = {arm: {low: low / factor, high: high * factor}.get(best[arm]) for arm, (low, high) in ends.items()}
+        if not any(beyond.values()):
+            break
+        tried = {arm: rates + [beyond[arm]] * (beyond[arm] is not None) for arm, rates in tried.items()}
+    return best, records
+
+
+def loss_of(record: Record) -> float:
+    """Validation loss; infinite where training diverged."""
+    return math.inf if math.isnan(record["eval_loss"]) else record["eval_loss"]
+
+
+def _work(name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, workers: int) -> None:
+    """Empty the study's queue, in this process or in several."""
+    if workers == 1:
+        return _empty_queue(name, arms, points, laboratory, torch.get_num_threads())
+    arguments = (name, arms, points, laboratory, max(1, (cpu_count() or 1) // workers))
+    context = get_context("spawn")
+    processes = [context.Process(target=_empty_queue, args=arguments) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        raise
+    if failed := [process.exitcode for process in processes if process.exitcode]:
+        raise UsageError(f"a worker of study {name} ended with status {failed[0]}: its message is above")
+
+
+def _empty_queue(
+    name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    study = optuna.load_study(study_name=name, storage=laboratory.open_storage(), sampler=RandomSampler())
+
+    queue = FileLock(laboratory.folder / ".queue.lock")  # on SQLite two workers could take the same trial
+
+    def objective(trial: optuna.Trial) -> float:
+        queue.release()
+        point = {key: _suggested(trial, key, value, arms) for key, value in points[0].items()}
+        if point not in points:  # another machine took the last one from the queue just before
+            raise optuna.TrialPruned
+        record = record_of(run_of(arms, point), laboratory.runs)
+        print(f"{name} {point}: validation loss {record['eval_loss']:.4f}, {record['seconds']:.0f} s", flush=True)
+        return loss_of(record)
+
+    while True:
+        queue.acquire()
+        if not _trials(study, TrialState.WAITING):
+            return queue.release()
+        study.optimize(objective, n_trials=1)
+
+
+def _suggested(trial: optuna.Trial, name: str, example: Any, arms: Mapping[str, Run]) -> Any:
+    """The queued value; ranges are those that every trial of the study must share."""
+    if name == "arm":
+        return trial.suggest_categorical(name, sorted(arms))
+    if isinstance(example, int):
+        return trial.suggest_int(name, 0, 2**31)
+    return trial.suggest_float(name, 0, 1e6)
+
+
+def _queue_again(study: optuna.Study, points: Sequence[Point]) -> None:
+    """Queue the points whose trial failed or was killed, or whose record is gone; wait for those at work elsewhere."""
+    fail_stale_trials(study)
+    running = [trial.params for trial in _trials(study, TrialState.RUNNING)]
+    if not _trials(study, TrialState.WAITING):  # as after a retry of a stale one
+        for point in points:
+            if point not in running:
+                study.enqueue_trial(point)
+    if not _trials(study, TrialState.WAITING):
+        time.sleep(HEARTBEAT)
+
+
+def _trials(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(state,))
