@@ -8,41 +8,21 @@ and the same command goes on where an interrupted one stopped. The last lines ar
 results/experiments/SCALE/experiment_5/.
 """
 
-import argparse
-import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from benchmarks.common import Record
 from experiments.intervals import mean, paired
-from experiments.runs import Run
-from experiments.sweeps import Laboratory, grid, run_points, tuned_rates
+from experiments.scales import Plan, Scale, parse_plan
+from experiments.sweeps import grid, run_points, tuned_rates
 
 from blueberry.configuration_blueberry import PRESETS
-from blueberry.errors import OneLineParser, UsageError, run_script
+from blueberry.errors import run_script
 from blueberry.training.run_folder import write_json
 
 NAME = "experiment_5"
 ARMS = {"adamw": 0.002, "muon": 0.02, "manifold": 0.02}  # where the search for the learning rate starts
-TUNING_SEED = 1000
 WINDOW = 20  # steps of the running deviation of the loss
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """How large the experiment is."""
-
-    steps: int
-    batch: int  # sequences a step
-    length: int  # tokens of a sequence
-    model_name: str
-    model: dict[str, Any]
-
-    @property
-    def tuning_steps(self) -> int:
-        """Of the runs that only choose a learning rate."""
-        return max(2, self.steps // 3)
 
 
 _SMALL = PRESETS["manifold-small"]
@@ -51,55 +31,31 @@ _SMOKE = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_att
 _MEDIUM = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
            "moe_intermediate_size": 2048}  # fmt: skip
 SCALES = {
-    "smoke": Scale(12, 4, 32, "manifold-smoke", _SMALL | _SMOKE),
-    "cpu": Scale(600, 16, 256, "manifold-small", _SMALL),
-    "paper": Scale(1000, 24, 512, "manifold-small", _SMALL),
-    "medium": Scale(1000, 24, 512, "manifold-medium", _SMALL | _MEDIUM),
+    "smoke": Scale(12, 4, 32, {"manifold-smoke": _SMALL | _SMOKE}),
+    "cpu": Scale(600, 16, 256, {"manifold-small": _SMALL}),
+    "paper": Scale(1000, 24, 512, {"manifold-small": _SMALL}),
+    "medium": Scale(1000, 24, 512, {"manifold-medium": _SMALL | _MEDIUM}),
 }
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    scale = SCALES[arguments.scale]
-    sizes = {name: getattr(arguments, name) or getattr(scale, name) for name in ("steps", "batch", "length")}
-    scale = dataclasses.replace(scale, **sizes)
-    folder = Path(arguments.output_dir or f"results/experiments/{arguments.scale}")
-    laboratory = Laboratory(folder, arguments.storage, arguments.workers)
-    rates, records = run_all(scale, arguments.dataset, arguments.seeds, laboratory)
+    plan = parse_plan(__doc__, SCALES)
+    rates, records = run_all(plan)
     rows = success_table(records)
-    write_json(folder / NAME / f"{NAME}_results.json", {"learning_rates": rates, "table": rows})
-    (folder / NAME / "table.md").write_text(table := as_markdown(rows, rates, records))
+    folder = plan.folder(NAME)
+    write_json(folder / f"{NAME}_results.json", {"learning_rates": rates, "table": rows})
+    (folder / "table.md").write_text(table := as_markdown(rows, rates, records))
     print("\n" + table)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dataset", default="sotu", help="as in train_llm.py")
-    parser.add_argument("--output_dir", help="default: results/experiments/SCALE")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train side by side")
-    parser.add_argument("--storage", help="URL of the Optuna database (default: studies.sqlite in output_dir)")
-    for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
-        parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
-    arguments = parser.parse_args()
-    if len(set(arguments.seeds)) < 2:
-        raise UsageError(f"--seeds {arguments.seeds[0]}: an interval needs two seeds at least, three are the default")
-    return arguments
-
-
-def run_all(
-    scale: Scale, dataset: str, seeds: list[int], laboratory: Laboratory
-) -> tuple[dict[str, float], dict[str, list[Record]]]:
+def run_all(plan: Plan) -> tuple[dict[str, float], dict[str, list[Record]]]:
     """The learning rate and the records of each arm, one record for each seed."""
-    size = (scale.model_name, scale.model, dataset)
-    short = {arm: Run(*size, scale.tuning_steps, scale.batch, scale.length, arm, lr, seed=TUNING_SEED)
-             for arm, lr in ARMS.items()}  # fmt: skip
-    rates, _ = tuned_rates(f"{NAME}-tuning", short, laboratory)
-    arms = {arm: Run(*size, scale.steps, scale.batch, scale.length, arm, lr, evaluations=10, spectral_logs=20)
-            for arm, lr in rates.items()}  # fmt: skip
-    points = grid(seed=seeds, arm=list(arms))
-    records = run_points(NAME, arms, points, laboratory)
+    (model,) = plan.scale.models
+    short = {arm: plan.short(model, arm, lr) for arm, lr in ARMS.items()}
+    rates, _ = tuned_rates(f"{NAME}-tuning", short, plan.laboratory)
+    arms = {arm: plan.run(model, arm, lr) for arm, lr in rates.items()}
+    points = grid(seed=plan.seeds, arm=list(arms))
+    records = run_points(NAME, arms, points, plan.laboratory)
     return rates, {arm: [r for r, p in zip(records, points, strict=True) if p["arm"] == arm] for arm in arms}
 
 

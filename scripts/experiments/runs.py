@@ -16,10 +16,11 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from benchmarks.common import Record, machine, resident_peak
+from benchmarks.common import Record, forget_resident_peak, machine, resident_peak
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM, BlueberryTrainer, BlueberryTrainingArguments
+from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer
 from blueberry.spectral.log import FOLDER as SPECTRAL_LOG
 from blueberry.training.data import DataArguments, PreparedData, prepare_data
@@ -49,6 +50,7 @@ class Run:
     evaluations: int = 1  # evenly spaced, the last one at the end
     spectral_logs: int = 0  # evenly spaced, besides that of the initial weights
     adamw_lr: float = 0.008  # of what Muon leaves to AdamW
+    accumulation: int = 1  # micro-batches of a step
 
     @property
     def name(self) -> str:
@@ -61,6 +63,10 @@ class Run:
         settings = {name: value for name, value in changes.items() if name not in fields}
         changes = {name: value for name, value in changes.items() if name in fields}
         return dataclasses.replace(self, settings={**self.settings, **settings}, **changes)
+
+    def described(self) -> Record:
+        """All fields, as they are read from a record."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def path(self, folder: Path) -> Path:
         """Of the record in the folder of all runs; the spectral log lies beside it, without `.json`."""
@@ -77,11 +83,12 @@ class Run:
         learning_rates = {"adamw_lr": self.lr} if self.optimizer == "adamw" else {
             "muon_lr": self.lr, "adamw_lr": self.adamw_lr
         }  # fmt: skip
+        micro = self.batch // self.accumulation
         return BlueberryTrainingArguments(
-            folder, optimizer=self.optimizer, max_steps=self.steps, per_device_train_batch_size=self.batch,
-            per_device_eval_batch_size=self.batch, seed=self.seed, logging_steps=1, save_strategy="no",
-            eval_strategy="steps", eval_steps=-(-self.steps // self.evaluations), report_to="none", disable_tqdm=True,
-            **learning_rates,
+            folder, optimizer=self.optimizer, max_steps=self.steps, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=self.accumulation, per_device_eval_batch_size=micro, seed=self.seed,
+            logging_steps=1, save_strategy="no", eval_strategy="steps",
+            eval_steps=-(-self.steps // self.evaluations), report_to="none", disable_tqdm=True, **learning_rates,
         )  # fmt: skip
 
 
@@ -96,23 +103,30 @@ def record_of(run: Run, folder: Path, watch: Sequence[TrainerCallback] = ()) -> 
     path = run.path(folder)
     start = time.perf_counter()
     numbers = _train(run, path.with_suffix(""), watch)
-    settings = json.loads(json.dumps(dataclasses.asdict(run)))
-    record = {"run": settings, **numbers, "seconds": round(time.perf_counter() - start, 2), "versions": versions()}
+    record = {
+        "run": run.described(),
+        **numbers,
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": versions(),
+    }
     write_json(path, record)
     return record
 
 
 def finished_record(run: Run, folder: Path) -> Record | None:
-    """The record, unless the run was not made yet or another one has its name."""
+    """The record; None if the run was not made yet. UsageError if another one has its name."""
     path = run.path(folder)
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
-    return record if record["run"] == json.loads(json.dumps(dataclasses.asdict(run))) else None
+    if record["run"] != run.described():
+        raise UsageError(f"{path} is of a run with another config: use another --output_dir, or remove it")
+    return record
 
 
 def _train(run: Run, kept: Path, watch: Sequence[TrainerCallback]) -> Record:
     """Losses and gradient norms of all steps, validation losses, times of a step's parts (medians, ms)."""
+    forget_resident_peak()
     set_seed(run.seed)
     data = run.data()
     model = BlueberryForCausalLM(BlueberryConfig(**run.model))

