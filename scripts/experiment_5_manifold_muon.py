@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from benchmarks.common import Record
 from experiments.intervals import mean, paired
+from experiments.measures import by_arm
 from experiments.scales import Plan, Scale, parse_plan
 from experiments.sweeps import grid, run_points, tuned_rates
 
@@ -53,10 +54,9 @@ def run_all(plan: Plan) -> tuple[dict[str, float], dict[str, list[Record]]]:
     (model,) = plan.scale.models
     short = {arm: plan.short(model, arm, lr) for arm, lr in ARMS.items()}
     rates, _ = tuned_rates(f"{NAME}-tuning", short, plan.laboratory)
-    arms = {arm: plan.run(model, arm, lr) for arm, lr in rates.items()}
+    arms = {arm: plan.run(model, arm, lr, evaluations=5) for arm, lr in rates.items()}
     points = grid(seed=plan.seeds, arm=list(arms))
-    records = run_points(NAME, arms, points, plan.laboratory)
-    return rates, {arm: [r for r, p in zip(records, points, strict=True) if p["arm"] == arm] for arm in arms}
+    return rates, by_arm(run_points(NAME, arms, points, plan.laboratory), points)
 
 
 def success_table(records: dict[str, list[Record]]) -> list[Record]:

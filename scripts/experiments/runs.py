@@ -1,10 +1,10 @@
 """One training run -> one record on disk, made once."""
 
 import dataclasses
+import io
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -23,6 +23,7 @@ from blueberry import BlueberryConfig, BlueberryForCausalLM, BlueberryTrainer, B
 from blueberry.errors import UsageError
 from blueberry.optim import build_optimizer
 from blueberry.spectral.log import FOLDER as SPECTRAL_LOG
+from blueberry.spectral.log import SpectralLog
 from blueberry.training.data import DataArguments, PreparedData, prepare_data
 from blueberry.training.evaluation import compute_metrics, preprocess_logits_for_metrics
 from blueberry.training.run_folder import write_json
@@ -51,6 +52,7 @@ class Run:
     spectral_logs: int = 0  # evenly spaced, besides that of the initial weights
     adamw_lr: float = 0.008  # of what Muon leaves to AdamW
     accumulation: int = 1  # micro-batches of a step
+    bf16: bool = False  # autocast; weights and optimizer stay in float32
 
     @property
     def name(self) -> str:
@@ -88,7 +90,8 @@ class Run:
             folder, optimizer=self.optimizer, max_steps=self.steps, per_device_train_batch_size=micro,
             gradient_accumulation_steps=self.accumulation, per_device_eval_batch_size=micro, seed=self.seed,
             logging_steps=1, save_strategy="no", eval_strategy="steps",
-            eval_steps=-(-self.steps // self.evaluations), report_to="none", disable_tqdm=True, **learning_rates,
+            eval_steps=-(-self.steps // self.evaluations), report_to="none", disable_tqdm=True, bf16=self.bf16,
+            **learning_rates,
         )  # fmt: skip
 
 
@@ -124,6 +127,11 @@ def finished_record(run: Run, folder: Path) -> Record | None:
     return record
 
 
+def spectral_log(record: Record, folder: Path) -> SpectralLog:
+    """The spectral log of a finished run."""
+    return SpectralLog(Run(**record["run"]).path(folder).with_suffix("") / SPECTRAL_LOG)
+
+
 def _train(run: Run, kept: Path, watch: Sequence[TrainerCallback]) -> Record:
     """Losses and gradient norms of all steps, validation losses, times of a step's parts (medians, ms)."""
     forget_resident_peak()
@@ -133,7 +141,7 @@ def _train(run: Run, kept: Path, watch: Sequence[TrainerCallback]) -> Record:
     callbacks = [clock := StepTimeCallback(), health := Health(), *watch]
     if run.spectral_logs:
         callbacks.append(SpectralMetricsCallback(every_n_steps=max(1, run.steps // run.spectral_logs)))
-    with TemporaryDirectory() as scratch, redirect_stdout(sys.stderr):  # for the optimizer's audit
+    with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):  # the audit
         args = run.arguments(scratch)
         trainer = BlueberryTrainer(
             model, args, train_dataset=data.train, eval_dataset=data.validation, callbacks=callbacks,

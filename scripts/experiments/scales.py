@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from benchmarks.common import device
+
 from blueberry.configuration_blueberry import PRESETS
 from blueberry.errors import OneLineParser, UsageError
+from blueberry.polar import fastest_dtype
 
 from .runs import Run
 from .sweeps import Laboratory
@@ -56,6 +60,7 @@ class Plan:
     seeds: list[int]
     dataset: str
     laboratory: Laboratory
+    bf16: bool
 
     def folder(self, name: str) -> Path:
         """Of an experiment's results."""
@@ -63,16 +68,17 @@ class Plan:
 
     def run(self, model: str, optimizer: str, lr: float, **changes: Any) -> Run:
         """A full-length run with evaluations and a spectral log."""
-        return self._run(model, self.scale.steps, optimizer, lr).with_(evaluations=10, spectral_logs=20, **changes)
+        changes = {"evaluations": 8, "spectral_logs": 20, **changes}
+        return self._run(model, self.scale.steps, optimizer, lr).with_(**changes)
 
     def short(self, model: str, optimizer: str, lr: float, **changes: Any) -> Run:
         """A run that only chooses a setting."""
-        return self._run(model, self.scale.tuning_steps, optimizer, lr).with_(seed=TUNING_SEED, **changes)
+        return self._run(model, self.scale.tuning_steps, optimizer, lr).with_(**{"seed": TUNING_SEED, **changes})
 
     def _run(self, model: str, steps: int, optimizer: str, lr: float) -> Run:
         scale = self.scale
         return Run(model, scale.models[model], self.dataset, steps, scale.batch, scale.length, optimizer, lr,
-                   accumulation=scale.accumulation)  # fmt: skip
+                   accumulation=scale.accumulation, bf16=self.bf16)  # fmt: skip
 
 
 def parse_plan(description: str, scales: Mapping[str, Any] = SCALES) -> Plan:
@@ -84,6 +90,7 @@ def parse_plan(description: str, scales: Mapping[str, Any] = SCALES) -> Plan:
     parser.add_argument("--output_dir", type=Path, help="default: results/experiments/SCALE")
     parser.add_argument("--workers", type=int, default=1, help="processes that train side by side")
     parser.add_argument("--storage", help="URL of the Optuna database (default: studies.sqlite in output_dir)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor has it")
     for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
         parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
     arguments = parser.parse_args()
@@ -95,4 +102,6 @@ def parse_plan(description: str, scales: Mapping[str, Any] = SCALES) -> Plan:
     scale = dataclasses.replace(scales[arguments.scale], **given)
     folder = arguments.output_dir or Path("results/experiments") / arguments.scale
     laboratory = Laboratory(folder, arguments.storage, arguments.workers)
-    return Plan(scale, arguments.seeds, arguments.dataset, laboratory)
+    is_fast = fastest_dtype(device()) == torch.bfloat16
+    bf16 = is_fast if arguments.bf16 is None else arguments.bf16
+    return Plan(scale, arguments.seeds, arguments.dataset, laboratory, bf16)

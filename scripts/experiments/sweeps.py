@@ -6,20 +6,24 @@ The study lives in a database that several machines can share, the records in fi
 import itertools
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from os import cpu_count
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import optuna
 import torch
 from benchmarks.common import Record
 from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import RandomSampler
-from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from blueberry.errors import UsageError
@@ -31,6 +35,7 @@ FURTHEST = 3  # steps of a learning rate's grid that tuning goes beyond its star
 Point = dict[str, Any]  # values of the parameters of one trial; "arm" names the run that they change
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of heartbeats
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,10 @@ class Laboratory:
     def open_storage(self) -> RDBStorage:
         self.folder.mkdir(parents=True, exist_ok=True)
         url = self.storage or f"sqlite:///{self.folder / 'studies.sqlite'}"
-        retry = RetryFailedTrialCallback(max_retry=2)
-        return RDBStorage(url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, failed_trial_callback=retry)
+        retry = RetryHeartbeatStaleTrialCallback(max_retry=2)
+        return RDBStorage(
+            url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, heartbeat_stale_trial_callback=retry
+        )
 
 
 def grid(**values: Iterable[Any]) -> list[Point]:
@@ -94,24 +101,31 @@ def run_of(arms: Mapping[str, Run], point: Point) -> Run:
 
 def tuned_rates(
     name: str, arms: Mapping[str, Run], laboratory: Laboratory, factor: float = 2.0
-) -> tuple[dict[str, float], list[Record]]:
-    """The learning rate of each arm with the least validation loss, and the records of all that were tried.
+) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
+    """The learning rate of each arm with the least validation loss, and the losses of all that were tried.
 
     A geometric grid around the arm's own rate, which goes on beyond its better end, at most `FURTHEST` steps, until
-    the best lies inside.
+    the best lies inside: then it has worse neighbours on both sides.
     """
     tried = {arm: [run.lr / factor, run.lr, run.lr * factor] for arm, run in arms.items()}
-    for _ in range(FURTHEST):
+    for _ in range(FURTHEST + 1):
         points = [{"arm": arm, "lr": lr} for arm, rates in tried.items() for lr in rates]
-        records = run_points(name, arms, points, laboratory)
-        losses = {(p["arm"], p["lr"]): loss_of(r) for p, r in zip(points, records, strict=True)}
-        best = {arm: min(rates, key=lambda lr, arm=arm: losses[arm, lr]) for arm, rates in tried.items()}
-        ends = {arm: (min(rates), max(rates)) for arm, rates in tried.items()}
-        beyond = {arm: {low: low / factor, high: high * factor}.get(best[arm]) for arm, (low, high) in ends.items()}
+        losses: dict[str, dict[float, float]] = {arm: {} for arm in arms}
+        for point, record in zip(points, run_points(name, arms, points, laboratory), strict=True):
+            losses[point["arm"]][point["lr"]] = loss_of(record)
+        best = {arm: min(some, key=some.get) for arm, some in losses.items()}
+        beyond = {arm: _beyond(rates, best[arm], factor) for arm, rates in tried.items()}
         if not any(beyond.values()):
             break
-        tried = {arm: rates + [beyond[arm]] * (beyond[arm] is not None) for arm, rates in tried.items()}
-    return best, records
+        tried = {arm: rates + beyond[arm] for arm, rates in tried.items()}
+    return best, losses
+
+
+def _beyond(rates: Sequence[float], best: float, factor: float) -> list[float]:
+    """The next rate of the grid, where the best is at its end."""
+    if best == min(rates):
+        return [best / factor]
+    return [best * factor] if best == max(rates) else []
 
 
 def loss_of(record: Record) -> float:
@@ -123,7 +137,7 @@ def _work(name: str, arms: Mapping[str, Run], points: Sequence[Point], laborator
     """Empty the study's queue, in this process or in several."""
     if workers == 1:
         return _empty_queue(name, arms, points, laboratory, torch.get_num_threads())
-    arguments = (name, arms, points, laboratory, max(1, (cpu_count() or 1) // workers))
+    arguments = (name, arms, points, laboratory, max(1, (os.cpu_count() or 1) // workers))
     context = get_context("spawn")
     processes = [context.Process(target=_empty_queue, args=arguments) for _ in range(workers)]
     for process in processes:
@@ -142,6 +156,8 @@ def _work(name: str, arms: Mapping[str, Run], points: Sequence[Point], laborator
 def _empty_queue(
     name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, threads: int
 ) -> None:
+    if parent := parent_process():
+        Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     study = optuna.load_study(study_name=name, storage=laboratory.open_storage(), sampler=RandomSampler())
 
@@ -161,6 +177,12 @@ def _empty_queue(
         if not _trials(study, TrialState.WAITING):
             return queue.release()
         study.optimize(objective, n_trials=1)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """A killed experiment must not leave its workers behind."""
+    parent.join()
+    os._exit(1)
 
 
 def _suggested(trial: optuna.Trial, name: str, example: Any, arms: Mapping[str, Run]) -> Any:

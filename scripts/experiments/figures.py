@@ -1,0 +1,64 @@
+"""Figures of experiments, from their records."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from benchmarks.common import Record
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .measures import loss_curves
+
+matplotlib.use("agg")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """As PNG, without the time and the version that would make equal figures differ."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def losses(arms: Mapping[str, Sequence[Record]], title: str) -> Figure:
+    """Validation loss against tokens: mean over seeds, with their range as a band."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for arm, records in arms.items():
+        tokens, values = loss_curves(records)
+        (line,) = axes.plot(tokens, values.mean(0), marker="o", markersize=3, label=arm)
+        axes.fill_between(tokens, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(title=title, xlabel="training tokens", ylabel="validation loss, nats")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def learning_rates(tried: Mapping[str, Mapping[float, float]], title: str) -> Figure:
+    """Validation loss against the learning rate, one line for each arm."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for arm, loss_by_rate in tried.items():
+        rates = sorted(loss_by_rate)
+        axes.plot(rates, [loss_by_rate[rate] for rate in rates], marker="o", label=arm)
+    axes.set(title=title, xlabel="learning rate", ylabel="validation loss, nats", xscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def loss_heatmaps(
+    grids: Mapping[str, np.ndarray], rows: Sequence, columns: Sequence, names: tuple[str, str]
+) -> Figure:
+    """One heatmap of losses (rows, columns) for each title, on one color scale; the numbers in the cells."""
+    figure, panels = plt.subplots(1, len(grids), figsize=(4 * len(grids), 4), layout="constrained", squeeze=False)
+    finite = np.concatenate([values[np.isfinite(values)] for values in grids.values()])
+    for axes, (title, values) in zip(panels[0], grids.items(), strict=True):
+        image = axes.imshow(values, vmin=finite.min(), vmax=np.quantile(finite, 0.9), cmap="viridis_r", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white")
+        axes.set(title=title, xlabel=names[1], ylabel=names[0])
+        axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+        axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    figure.colorbar(image, ax=panels[0], label="validation loss, nats")
+    return figure

@@ -1,0 +1,86 @@
+"""Numbers of one record, and tables of several."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from benchmarks.common import Record
+
+from .intervals import mean, paired
+
+# Title of a row -> the number of a record.
+OUTCOMES: dict[str, Callable[[Record], float]] = {
+    "validation loss": lambda record: record["eval_loss"],
+    "accuracy": lambda record: record["eval_accuracy"],
+    "perplexity": lambda record: record["eval_perplexity"],
+    "seconds a step": lambda record: record["time"]["step_ms"] / 1000,
+    "optimizer's share of a step": lambda record: record["time"]["optimizer_step_ms"] / record["time"]["step_ms"],
+    "tokens/s": lambda record: record["tokens"] / record["run"]["steps"] / record["time"]["step_ms"] * 1000,
+    "peak memory, MiB": lambda record: record["peak_memory_mib"],
+}
+
+
+def tokens_to(record: Record, loss: float) -> float | None:
+    """Tokens until a validation loss of at most `loss`, interpolated between evaluations; None if never reached."""
+    losses, steps = record["eval_losses"], record["eval_steps"]
+    reached = next((i for i, value in enumerate(losses) if value <= loss), None)
+    if reached is None:
+        return None
+    if reached == 0:
+        steps_needed = steps[0]
+    else:
+        before, after = losses[reached - 1], losses[reached]
+        share = (before - loss) / (before - after)
+        steps_needed = steps[reached - 1] + share * (steps[reached] - steps[reached - 1])
+    return steps_needed * record["tokens"] / record["run"]["steps"]
+
+
+def by_arm(records: Sequence[Record], points: Sequence[Mapping[str, Any]]) -> dict[str, list[Record]]:
+    """The records of each arm, in the order of the points."""
+    arms: dict[str, list[Record]] = {}
+    for record, point in zip(records, points, strict=True):
+        arms.setdefault(point["arm"], []).append(record)
+    return arms
+
+
+def outcome_rows(arms: Mapping[str, Sequence[Record]], baseline: str) -> list[Record]:
+    """For each outcome: mean over seeds for each arm, and paired difference to the baseline with its 95% interval."""
+    rows = []
+    for title, number in OUTCOMES.items():
+        values = {arm: [number(record) for record in records] for arm, records in arms.items()}
+        means = {arm: mean(some) for arm, some in values.items()}
+        minus = {arm: paired(some, values[baseline]) for arm, some in values.items() if arm != baseline}
+        rows.append({"outcome": title, "mean": means, f"minus_{baseline}": minus})
+    return rows
+
+
+def loss_curves(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (evaluations,) and validation losses (seeds, evaluations) of one arm."""
+    first = records[0]
+    tokens = np.array(first["eval_steps"]) * first["tokens"] / first["run"]["steps"]
+    return tokens, np.array([record["eval_losses"] for record in records])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; numbers with four digits."""
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines += [f"| {' | '.join(shown(cell) for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: Any) -> str:
+    """A cell: a number, a paired difference with its interval, or text."""
+    if isinstance(value, dict):
+        low, high = value["interval"]
+        return f"{value['difference']:+.4g} [{low:+.4g}, {high:+.4g}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def quoted(record: Record, seeds: int) -> str:
+    """What figures of such runs must be quoted with."""
+    run, made = record["run"], record["versions"]
+    return (
+        f"{run['model_name']}: {record['parameters']:,} parameters, {run['steps']} steps of {run['batch']} x "
+        f"{run['length']} tokens of {run['dataset']}, n={seeds} seeds; {made['device']}, {made['threads']} threads, "
+        f"torch {made['torch']}, commit {made['commit']}"
+    )
