@@ -56,7 +56,7 @@ SCALES = {
 class Plan:
     """What a user asked an experiment for."""
 
-    scale: Any
+    scale: Scale
     seeds: list[int]
     dataset: str
     laboratory: Laboratory
@@ -81,8 +81,13 @@ class Plan:
                    accumulation=scale.accumulation, bf16=self.bf16)  # fmt: skip
 
 
-def parse_plan(description: str, scales: Mapping[str, Any] = SCALES) -> Plan:
-    """The arguments of an experiment's command."""
+def parse_plan(description: str, scales: Mapping[str, Scale] = SCALES) -> Plan:
+    """What the command line of an experiment asks for."""
+    return plan_of(plan_parser(description, scales).parse_args(), scales)
+
+
+def plan_parser(description: str, scales: Mapping[str, Scale] = SCALES) -> OneLineParser:
+    """The arguments that all experiments take."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=scales, default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -93,13 +98,19 @@ def parse_plan(description: str, scales: Mapping[str, Any] = SCALES) -> Plan:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor has it")
     for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
         parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
-    arguments = parser.parse_args()
+    return parser
+
+
+def plan_of(arguments: argparse.Namespace, scales: Mapping[str, Scale] = SCALES) -> Plan:
+    """Raises UsageError for numbers that make no experiment."""
     if len(set(arguments.seeds)) < 2:
         raise UsageError(f"--seeds {arguments.seeds[0]}: an interval needs two seeds at least, three are the default")
-    if arguments.workers < 1:
-        raise UsageError(f"--workers {arguments.workers}: at least 1")
-    given = {name: getattr(arguments, name) for name in ("steps", "batch", "length") if getattr(arguments, name)}
-    scale = dataclasses.replace(scales[arguments.scale], **given)
+    given = {name: getattr(arguments, name) for name in ("steps", "batch", "length")}
+    for name, value in {**given, "workers": arguments.workers}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: at least 1")
+    scale = scales[arguments.scale]
+    scale = dataclasses.replace(scale, **{name: value for name, value in given.items() if value is not None})
     folder = arguments.output_dir or Path("results/experiments") / arguments.scale
     laboratory = Laboratory(folder, arguments.storage, arguments.workers)
     is_fast = fastest_dtype(device()) == torch.bfloat16

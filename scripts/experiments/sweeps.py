@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -22,19 +22,23 @@ import torch
 from benchmarks.common import Record
 from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import MedianPruner
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from blueberry.errors import UsageError
+from transformers import TrainerCallback
+
+from blueberry.errors import UsageError, run_script
 
 from .runs import Run, finished_record, record_of
 
 HEARTBEAT = 10  # seconds; a trial without one for three of these was killed, and is tried again
+FEWEST = 4  # trials before one may be pruned
 FURTHEST = 3  # steps of a learning rate's grid that tuning goes beyond its start
 Point = dict[str, Any]  # values of the parameters of one trial; "arm" names the run that they change
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would show the traceback of a bad argument
 warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of heartbeats
 
 
@@ -64,21 +68,26 @@ def grid(**values: Iterable[Any]) -> list[Point]:
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-def run_points(name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory) -> list[Record]:
+def run_points(
+    name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, prune: bool = False
+) -> list[Record | None]:
     """The records of `points`, each a trial of the study `name`: what is finished is read, the rest is trained.
 
-    Raises UsageError when the study was made with other arms.
+    With `prune`, a trial that at an evaluation is worse than the median of those before it ends there; its record is
+    None. Raises UsageError when the study was made with other arms.
     """
     study = open_study(name, arms, laboratory)
     for point in points:
         study.enqueue_trial(point, skip_if_exists=True)
     while True:
         if waiting := len(_trials(study, TrialState.WAITING)):
-            _work(name, arms, points, laboratory, min(laboratory.workers, waiting))
+            run_workers(_empty_queue, (name, arms, points, laboratory, prune), min(laboratory.workers, waiting))
         records = [finished_record(run_of(arms, point), laboratory.runs) for point in points]
-        if None not in records:
+        pruned = [trial.params for trial in _trials(study, TrialState.PRUNED)]
+        missing = [point for point, record in zip(points, records, strict=True) if not record and point not in pruned]
+        if not missing:
             return records
-        _queue_again(study, [point for point, record in zip(points, records, strict=True) if record is None])
+        _queue_again(study, missing)
 
 
 def open_study(name: str, arms: Mapping[str, Run], laboratory: Laboratory, **settings: Any) -> optuna.Study:
@@ -133,34 +142,33 @@ def loss_of(record: Record) -> float:
     return math.inf if math.isnan(record["eval_loss"]) else record["eval_loss"]
 
 
-def _work(name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, workers: int) -> None:
-    """Empty the study's queue, in this process or in several."""
+def run_workers(target: Callable[..., None], arguments: tuple, workers: int) -> None:
+    """Call `target(*arguments)` in this process, or in several that share the processor's cores."""
     if workers == 1:
-        return _empty_queue(name, arms, points, laboratory, torch.get_num_threads())
-    arguments = (name, arms, points, laboratory, max(1, (os.cpu_count() or 1) // workers))
+        return target(*arguments)
+    threads = max(1, (os.cpu_count() or 1) // workers)
     context = get_context("spawn")
-    processes = [context.Process(target=_empty_queue, args=arguments) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(threads, target, *arguments)) for _ in range(workers)]
     for process in processes:
         process.start()
-    try:
-        for process in processes:
-            process.join()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.terminate()
-        raise
+    for process in processes:
+        process.join()
     if failed := [process.exitcode for process in processes if process.exitcode]:
-        raise UsageError(f"a worker of study {name} ended with status {failed[0]}: its message is above")
+        raise UsageError(f"a worker ended with status {failed[0]}: its message is above")
+
+
+def _worker(threads: int, target: Callable[..., None], *arguments: Any) -> None:
+    Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    torch.set_num_threads(threads)
+    run_script(lambda: target(*arguments))
 
 
 def _empty_queue(
-    name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, threads: int
+    name: str, arms: Mapping[str, Run], points: Sequence[Point], laboratory: Laboratory, prune: bool
 ) -> None:
-    if parent := parent_process():
-        Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(threads)
-    study = optuna.load_study(study_name=name, storage=laboratory.open_storage(), sampler=RandomSampler())
-
+    study = optuna.load_study(
+        study_name=name, storage=laboratory.open_storage(), sampler=RandomSampler(), pruner=MedianPruner(FEWEST)
+    )
     queue = FileLock(laboratory.folder / ".queue.lock")  # on SQLite two workers could take the same trial
 
     def objective(trial: optuna.Trial) -> float:
@@ -168,15 +176,34 @@ def _empty_queue(
         point = {key: _suggested(trial, key, value, arms) for key, value in points[0].items()}
         if point not in points:  # another machine took the last one from the queue just before
             raise optuna.TrialPruned
-        record = record_of(run_of(arms, point), laboratory.runs)
-        print(f"{name} {point}: validation loss {record['eval_loss']:.4f}, {record['seconds']:.0f} s", flush=True)
-        return loss_of(record)
+        return trained(trial, run_of(arms, point), laboratory, prune)
 
     while True:
         queue.acquire()
         if not _trials(study, TrialState.WAITING):
             return queue.release()
         study.optimize(objective, n_trials=1)
+
+
+def trained(trial: optuna.Trial, run: Run, laboratory: Laboratory, prune: bool) -> float:
+    """The validation loss of a trial's run, told to the user."""
+    record = record_of(run, laboratory.runs, [Pruning(trial)] if prune else [])
+    told = ", ".join(f"{name} {value}" for name, value in trial.params.items())
+    print(f"{trial.study.study_name}: {told}: validation loss {record['eval_loss']:.4f}, {record['seconds']:.0f} s",
+          flush=True)  # fmt: skip
+    return loss_of(record)
+
+
+class Pruning(TrainerCallback):
+    """Ends a run that at one of its evaluations is worse than the median of the trials before it."""
+
+    def __init__(self, trial: optuna.Trial):
+        self.trial = trial
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        self.trial.report(metrics["eval_loss"], state.global_step)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
 
 
 def _end_with(parent: BaseProcess) -> None:

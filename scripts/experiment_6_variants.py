@@ -1,0 +1,69 @@
+"""Experiment 6, beyond the original studies: variants of Muon against the default, each at its own learning rate.
+
+    python scripts/experiment_6_variants.py --scale cpu --workers 2
+
+`rms_match` against `shape` scaling of updates, the coefficients `keller_jordan` and `polar_express` against the
+default, weight decay and cautious weight decay, NorMuon, and manifold Muon. The protocol is that of experiment 1, whose
+runs of Muon are the baseline and are not made twice. Results go to results/experiments/SCALE/experiment_6.
+"""
+
+from benchmarks.common import Record
+from experiments import figures
+from experiments.intervals import mean, paired
+from experiments.measures import by_arm, markdown, quoted
+from experiments.scales import Plan, parse_plan
+from experiments.sweeps import grid, run_points, tuned_rates
+
+from blueberry.errors import run_script
+from blueberry.training.run_folder import write_json
+
+NAME = "experiment_6"
+BASELINE = "muon"
+# Optimizer, where the search for the learning rate starts, and what differs from the defaults.
+ARMS = {
+    BASELINE: ("muon", 0.02, {}),
+    "rms_match": ("muon", 0.005, {"scale_mode": "rms_match"}),
+    "keller_jordan": ("muon", 0.02, {"coefficients": "keller_jordan"}),
+    "polar_express": ("muon", 0.02, {"coefficients": "polar_express"}),
+    "weight decay": ("muon", 0.02, {"weight_decay": 0.1}),
+    "cautious weight decay": ("muon", 0.02, {"weight_decay": 0.1, "cautious": True}),
+    "NorMuon": ("muon", 0.02, {"neuron_beta": 0.95}),
+    "manifold Muon": ("manifold", 0.02, {}),
+}
+
+
+def main() -> None:
+    plan = parse_plan(__doc__)
+    folder = plan.folder(NAME)
+    model = next(iter(plan.scale.models))
+    rates, arms = run_all(plan, model)
+    losses = {arm: [record["eval_loss"] for record in records] for arm, records in arms.items()}
+    results = {
+        "model": model, "learning_rates": rates, "losses": losses,
+        "minus_muon": {arm: paired(some, losses[BASELINE]) for arm, some in losses.items() if arm != BASELINE},
+        "step_ms": {arm: mean([r["time"]["step_ms"] for r in records]) for arm, records in arms.items()},
+    }  # fmt: skip
+    figures.save(figures.losses(arms, f"{model}, {len(plan.seeds)} seeds"), folder / "losses.png")
+    write_json(folder / f"{NAME}_results.json", results)
+    (folder / f"{NAME}.md").write_text(table := as_markdown(results, arms[BASELINE]))
+    print(f"\n{table}")
+
+
+def run_all(plan: Plan, model: str) -> tuple[dict[str, float], dict[str, list[Record]]]:
+    """The learning rate of each arm, and the records over seeds."""
+    short = {arm: plan.short(model, kind, lr, **changes) for arm, (kind, lr, changes) in ARMS.items()}
+    rates, _ = tuned_rates(f"{NAME}-tuning", short, plan.laboratory)
+    arms = {arm: plan.run(model, kind, rates[arm], **changes) for arm, (kind, _, changes) in ARMS.items()}
+    points = grid(seed=plan.seeds, arm=list(arms))
+    return rates, by_arm(run_points(NAME, arms, points, plan.laboratory), points)
+
+
+def as_markdown(results: Record, baseline: list[Record]) -> str:
+    rows = [[arm, results["learning_rates"][arm], mean(losses), results["minus_muon"].get(arm, ""),
+             results["step_ms"][arm]] for arm, losses in results["losses"].items()]  # fmt: skip
+    header = ["arm", "learning rate", "validation loss", "minus Muon, 95%", "step, ms"]
+    return markdown(header, rows) + f"\n{quoted(baseline[0], len(baseline))}\n"
+
+
+if __name__ == "__main__":
+    run_script(main)
