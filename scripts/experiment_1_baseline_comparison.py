@@ -9,18 +9,16 @@ same command goes on where an interrupted one stopped. Tables and figures go to 
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from benchmarks.common import Record
-from experiments import figures
+from experiments.drawings import draw
 from experiments.intervals import mean
 from experiments.measures import by_arm, markdown, outcome_rows, quoted, tokens_to
-from experiments.runs import spectral_log
 from experiments.scales import Plan, parse_plan
+from experiments.stored import files_of
 from experiments.sweeps import grid, run_points, tuned_rates
 
 from blueberry.errors import run_script
-from blueberry.spectral.plots import combined, draw
 from blueberry.training.run_folder import write_json
 
 NAME = "experiment_1"
@@ -33,13 +31,14 @@ def main() -> None:
     results = {}
     for model in plan.scale.models:
         rates, tried, arms = compare(plan, model)
-        results[model] = {"learning_rates": rates, "tuning": tried, "outcomes": outcome_rows(arms, "adamw"),
-                          "share_of_tokens_to_the_other's_loss": tokens_needed(arms)}  # fmt: skip
-        figures.save(figures.losses(arms, f"{model}, {len(plan.seeds)} seeds"), folder / f"{model}_losses.png")
-        draw_spectra(arms, plan.laboratory.runs, folder / model)
+        results[model] = {
+            "runs": files_of(arms), "learning_rates": rates, "tuning": tried,
+            "outcomes": outcome_rows(arms, "adamw"), "share_of_tokens_to_the_other's_loss": tokens_needed(arms),
+        }  # fmt: skip
+        write_json(folder / f"{NAME}_results.json", results)
         (folder / f"{model}.md").write_text(table := as_markdown(results[model], arms))
         print(f"\n{table}")
-    write_json(folder / f"{NAME}_results.json", results)
+    draw(NAME, plan.laboratory.folder)
 
 
 def compare(plan: Plan, model: str) -> tuple[dict[str, float], Record, dict[str, list[Record]]]:
@@ -59,12 +58,6 @@ def tokens_needed(arms: Mapping[str, Sequence[Record]]) -> dict[str, list[float 
         needed = [(tokens_to(record, goal["eval_loss"]), record["tokens"]) for record, goal in pairs]
         shares[arm] = [None if tokens is None else tokens / all_tokens for tokens, all_tokens in needed]
     return shares
-
-
-def draw_spectra(arms: Mapping[str, Sequence[Record]], runs: Path, folder: Path) -> None:
-    """The spectral figures of both optimizers side by side; lines are means over seeds, bands their range."""
-    logs = {arm: [spectral_log(record, runs).read() for record in records] for arm, records in arms.items()}
-    draw(combined(logs), folder, ["png"])
 
 
 def as_markdown(result: Record, arms: Mapping[str, Sequence[Record]]) -> str:

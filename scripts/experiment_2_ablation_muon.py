@@ -12,10 +12,11 @@ where an interrupted one stopped. Results go to results/experiments/SCALE/experi
 from collections.abc import Mapping, Sequence
 
 from benchmarks.common import Record
-from experiments import figures
+from experiments.drawings import draw
 from experiments.intervals import mean, paired
 from experiments.measures import by_arm, markdown, quoted, shown
 from experiments.scales import Plan, parse_plan
+from experiments.stored import files_of
 from experiments.sweeps import grid, run_points, tuned_rates
 
 from blueberry.errors import run_script
@@ -39,14 +40,13 @@ def main() -> None:
     rates, tried, arms = ablate(plan, model)
     losses = {arm: [record["eval_loss"] for record in records] for arm, records in arms.items()}
     results = {
-        "model": model, "learning_rates": rates, "tuning": tried,
+        "model": model, "runs": files_of(arms), "learning_rates": rates, "tuning": tried,
         "losses": losses,
         "minus_full": {arm: paired(some, losses["full"]) for arm, some in losses.items() if arm != "full"},
         "interaction": interaction(losses),
     }  # fmt: skip
-    figures.save(figures.losses(arms, f"{model}, {len(plan.seeds)} seeds"), folder / "losses.png")
-    figures.save(figures.learning_rates(tried, f"{model}, tuning runs"), folder / "learning_rates.png")
     write_json(folder / f"{NAME}_results.json", results)
+    draw(NAME, plan.laboratory.folder)
     (folder / f"{NAME}.md").write_text(table := as_markdown(results, arms))
     print(f"\n{table}")
 

@@ -10,36 +10,45 @@ record in results/experiments/SCALE/runs; the same command goes on where an inte
 results/experiments/SCALE/experiment_3.
 """
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from benchmarks.common import Record
-from experiments import figures
+from experiments.drawings import draw
 from experiments.intervals import mean
 from experiments.measures import markdown, quoted
-from experiments.scales import TUNING_SEED, Plan, parse_plan
+from experiments.scales import TUNING_SEED, Plan, plan_of, plan_parser
 from experiments.sweeps import Point, grid, loss_of, run_points
 
 from blueberry.errors import run_script
 from blueberry.training.run_folder import write_json
 
 NAME = "experiment_3"
-RATES = (0.001, 0.005, 0.01, 0.02, 0.05)
-MOMENTA = (0.9, 0.95, 0.99)
-NS_STEPS = (3, 5, 7)
-ADAMW_RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+GRIDS = {
+    "rates": (0.001, 0.005, 0.01, 0.02, 0.05),
+    "momenta": (0.9, 0.95, 0.99),
+    "ns_steps": (3, 5, 7),
+    "adamw_rates": (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032),
+}
 COEFFICIENTS = ("keller_jordan", "polar_express", "robust")
 WITHIN = 0.01  # of the best loss
 
 
 def main() -> None:
-    plan = parse_plan(__doc__)
+    grids = parse_arguments()
+    plan = plan_of(grids)
     folder = plan.folder(NAME)
     model = next(iter(plan.scale.models))
-    losses, records = full_grid(plan, model)
-    sets = coefficient_sets(plan, model)
-    rates = {optimizer: learning_rates(plan, model, optimizer) for optimizer in ("muon", "adamw")}
+    losses, records = full_grid(plan, model, grids)
+    sets = coefficient_sets(plan, model, grids.rates)
+    rates = {
+        "muon": learning_rates(plan, model, "muon", grids.rates),
+        "adamw": learning_rates(plan, model, "adamw", grids.adamw_rates),
+    }
+    ranges = {optimizer: [robust_range(dict(zip(map(float, tried), losses_of_seed, strict=True)))
+                          for losses_of_seed in zip(*tried.values(), strict=True)]
+              for optimizer, tried in rates.items()}  # fmt: skip
     best = min(losses, key=losses.get)
     results = {
         "model": model,
@@ -48,35 +57,44 @@ def main() -> None:
         "best": dict(zip(("lr", "momentum", "ns_steps"), best, strict=True)) | {"loss": losses[best]},
         "coefficients": sets,
         "learning_rates": rates,
+        "ranges_by_seed": ranges,
+        "commit": records[0]["versions"]["commit"],
         "robustness": {optimizer: robust_range({float(lr): mean(some) for lr, some in tried.items()})
                        for optimizer, tried in rates.items()},
     }  # fmt: skip
-    draw(results, losses, folder)
     write_json(folder / f"{NAME}_results.json", results)
+    draw(NAME, plan.laboratory.folder)
     (folder / f"{NAME}.md").write_text(table := as_markdown(results, records[0], len(plan.seeds)))
     print(f"\n{table}")
 
 
-def full_grid(plan: Plan, model: str) -> tuple[dict[tuple, float], list[Record]]:
+def parse_arguments() -> argparse.Namespace:
+    parser = plan_parser(__doc__)
+    for name, values in GRIDS.items():
+        parser.add_argument(f"--{name}", type=type(values[0]), nargs="+", default=values)
+    return parser.parse_args()
+
+
+def full_grid(plan: Plan, model: str, grids: argparse.Namespace) -> tuple[dict[tuple, float], list[Record]]:
     """(lr, momentum, ns_steps) -> validation loss, and the records."""
     arms = {"muon": plan.short(model, "muon", 0.02, coefficients="keller_jordan")}
-    points = grid(arm=arms, lr=RATES, momentum=MOMENTA, ns_steps=NS_STEPS)
+    points = grid(arm=arms, lr=grids.rates, momentum=grids.momenta, ns_steps=grids.ns_steps)
     records = run_points(f"{NAME}-grid", arms, points, plan.laboratory)
     return {(p["lr"], p["momentum"], p["ns_steps"]): loss_of(r) for p, r in zip(points, records, strict=True)}, records
 
 
-def coefficient_sets(plan: Plan, model: str) -> dict[str, dict[str, float]]:
+def coefficient_sets(plan: Plan, model: str, rates: Sequence[float]) -> dict[str, dict[str, float]]:
     """Set -> learning rate -> validation loss, each set with its own number of steps."""
     arms = {name: plan.short(model, "muon", 0.02, coefficients=name) for name in COEFFICIENTS}
-    points = grid(arm=arms, lr=RATES)
+    points = grid(arm=arms, lr=rates)
     records = run_points(f"{NAME}-coefficients", arms, points, plan.laboratory)
     return _nested(points, records, "arm", lambda point: f"{point['lr']:g}")
 
 
-def learning_rates(plan: Plan, model: str, optimizer: str) -> dict[str, list[float]]:
+def learning_rates(plan: Plan, model: str, optimizer: str, rates: Sequence[float]) -> dict[str, list[float]]:
     """Learning rate -> validation losses over the seeds."""
     arms = {optimizer: plan.short(model, optimizer, 0.02)}
-    points = grid(arm=arms, lr=RATES if optimizer == "muon" else ADAMW_RATES, seed=plan.seeds)
+    points = grid(arm=arms, lr=rates, seed=plan.seeds)
     records = run_points(f"{NAME}-{optimizer}", arms, points, plan.laboratory)
     losses: dict[str, list[float]] = {}
     for point, record in zip(points, records, strict=True):
@@ -110,16 +128,6 @@ def _edge(rates: Sequence[float], losses: Mapping[float, float], bound: float, b
             share = 0.0 if math.isinf(losses[outside]) else share
             return inside * (outside / inside) ** share
     return rates[-1]
-
-
-def draw(results: Record, losses: Mapping[tuple, float], folder) -> None:
-    heatmaps = {f"ns_steps {n}": np.array([[losses[lr, m, n] for m in MOMENTA] for lr in RATES]) for n in NS_STEPS}
-    figures.save(figures.loss_heatmaps(heatmaps, RATES, MOMENTA, ("learning rate", "momentum")), folder / "grid.png")
-    lines = {name: {float(lr): loss for lr, loss in some.items()} for name, some in results["coefficients"].items()}
-    figures.save(figures.learning_rates(lines, "coefficients of Newton-Schulz"), folder / "coefficients.png")
-    lines = {name: {float(lr): mean(some) for lr, some in tried.items()}
-             for name, tried in results["learning_rates"].items()}  # fmt: skip
-    figures.save(figures.learning_rates(lines, "mean over seeds"), folder / "learning_rates.png")
 
 
 def as_markdown(results: Record, record: Record, seeds: int) -> str:

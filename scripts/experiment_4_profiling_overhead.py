@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.common import Record, device
+from experiments.drawings import draw
 from experiments.intervals import mean
 from experiments.measures import markdown, shown, tokens_to
 from experiments.runs import versions
@@ -58,6 +59,7 @@ def main() -> None:
     rows = [row for model in plan.scale.models for row in profile_model(plan, model, folder)]
     results = {"rows": rows, "time_to_adamws_loss": cost_benefit(plan), "rounds": ROUNDS, "versions": versions()}
     write_json(folder / f"{NAME}_results.json", results)
+    draw(NAME, plan.laboratory.folder)
     (folder / f"{NAME}.md").write_text(table := as_markdown(results, plan))
     print(f"\n{table}")
 
@@ -111,6 +113,7 @@ def _shares(trainee: Trainee) -> Record:
         "newton_schulz_of_optimizer": seconds["newton_schulz"] / seconds["optimizer"],
         "newton_schulz_of_step": seconds["newton_schulz"] / seconds["step"],
         "optimizer_of_step": seconds["optimizer"] / seconds["step"],
+        "newton_schulz_of_steps": [step["newton_schulz"] / step["step"] for step in trainee.steps],
         "state_mib": round(size / 2**20, 2),
     }
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pandas as pd
 from benchmarks.common import Record
+from experiments.drawings import draw
 from experiments.intervals import mean, paired
 from experiments.measures import by_arm
 from experiments.scales import Plan, Scale, parse_plan
+from experiments.stored import files_of
 from experiments.sweeps import grid, run_points, tuned_rates
 
 from blueberry.configuration_blueberry import PRESETS
@@ -44,7 +46,9 @@ def main() -> None:
     rates, records = run_all(plan)
     rows = success_table(records)
     folder = plan.folder(NAME)
-    write_json(folder / f"{NAME}_results.json", {"learning_rates": rates, "table": rows})
+    results = {"runs": files_of(records), "learning_rates": rates, "table": rows}
+    write_json(folder / f"{NAME}_results.json", results)
+    draw(NAME, plan.laboratory.folder)
     (folder / "table.md").write_text(table := as_markdown(rows, rates, records))
     print("\n" + table)
 
@@ -54,7 +58,7 @@ def run_all(plan: Plan) -> tuple[dict[str, float], dict[str, list[Record]]]:
     (model,) = plan.scale.models
     short = {arm: plan.short(model, arm, lr) for arm, lr in ARMS.items()}
     rates, _ = tuned_rates(f"{NAME}-tuning", short, plan.laboratory)
-    arms = {arm: plan.run(model, arm, lr, evaluations=5) for arm, lr in rates.items()}
+    arms = {arm: plan.run(model, arm, lr, evaluations=5, spectral_logs=20) for arm, lr in rates.items()}
     points = grid(seed=plan.seeds, arm=list(arms))
     return rates, by_arm(run_points(NAME, arms, points, plan.laboratory), points)
 

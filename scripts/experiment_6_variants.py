@@ -3,15 +3,16 @@
     python scripts/experiment_6_variants.py --scale cpu --workers 2
 
 `rms_match` against `shape` scaling of updates, the coefficients `keller_jordan` and `polar_express` against the
-default, weight decay and cautious weight decay, NorMuon, and manifold Muon. The protocol is that of experiment 1, whose
-runs of Muon are the baseline and are not made twice. Results go to results/experiments/SCALE/experiment_6.
+default, weight decay and cautious weight decay, NorMuon, and manifold Muon. The protocol is that of experiment 1,
+whose runs of Muon are the baseline and are not made twice. Results go to results/experiments/SCALE/experiment_6.
 """
 
 from benchmarks.common import Record
-from experiments import figures
+from experiments.drawings import draw
 from experiments.intervals import mean, paired
 from experiments.measures import by_arm, markdown, quoted
 from experiments.scales import Plan, parse_plan
+from experiments.stored import files_of
 from experiments.sweeps import grid, run_points, tuned_rates
 
 from blueberry.errors import run_script
@@ -39,12 +40,12 @@ def main() -> None:
     rates, arms = run_all(plan, model)
     losses = {arm: [record["eval_loss"] for record in records] for arm, records in arms.items()}
     results = {
-        "model": model, "learning_rates": rates, "losses": losses,
+        "model": model, "runs": files_of(arms), "learning_rates": rates, "losses": losses,
         "minus_muon": {arm: paired(some, losses[BASELINE]) for arm, some in losses.items() if arm != BASELINE},
         "step_ms": {arm: mean([r["time"]["step_ms"] for r in records]) for arm, records in arms.items()},
     }  # fmt: skip
-    figures.save(figures.losses(arms, f"{model}, {len(plan.seeds)} seeds"), folder / "losses.png")
     write_json(folder / f"{NAME}_results.json", results)
+    draw(NAME, plan.laboratory.folder)
     (folder / f"{NAME}.md").write_text(table := as_markdown(results, arms[BASELINE]))
     print(f"\n{table}")
 

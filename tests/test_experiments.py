@@ -1,89 +1,319 @@
-"""Experiment 5 at its smoke scale, what it leaves on disk, and the statistics that experiments share."""
+"""Every experiment at its smoke scale: what it leaves on disk, that nothing is made twice, what the report says."""
 
 import json
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from blueberry.spectral.log import SpectralLog
 
+SCRIPTS = {
+    "experiment_1": "experiment_1_baseline_comparison.py",
+    "experiment_2": "experiment_2_ablation_muon.py",
+    "experiment_3": "experiment_3_hyperparameter_sensitivity.py",
+    "experiment_4": "experiment_4_profiling_overhead.py",
+    "experiment_5": "experiment_5_manifold_muon.py",
+    "experiment_6": "experiment_6_variants.py",
+}
+SMALL_GRID = ("--rates", 0.01, 0.05, "--momenta", 0.9, "--ns_steps", 3, 5, "--adamw_rates", 0.004, 0.016)
 
-@pytest.fixture
-def experiment(script, small_corpus, tmp_path, monkeypatch):
-    """`experiment("--seeds", 0, 1)` runs experiment 5 on eight small documents; returns its folder."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
-    def run(*arguments: object) -> Path:
-        script("experiment_5_manifold_muon.py", "--scale", "smoke", "--dataset", small_corpus, "--output_dir",
-               tmp_path / "out", *arguments)  # fmt: skip
-        return tmp_path / "out"
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(run_script, small_corpus):
+    """`run("experiment_1", folder)` runs an experiment on eight small documents with two seeds and short tuning."""
+
+    def run(experiment: str, folder: Path, *arguments: object) -> None:
+        from experiments import sweeps
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweeps, "FURTHEST", 0)
+            run_script(SCRIPTS[experiment], "--scale", "smoke", "--dataset", small_corpus, "--output_dir", folder,
+                       "--seeds", 0, 1, *arguments)  # fmt: skip
 
     return run
 
 
-def test_the_experiment_leaves_a_table_and_a_record_for_each_run_and_repeats_none(experiment, capsys):
-    folder = experiment("--seeds", 0, 1)
-    results = folder / "experiment_5" / "experiment_5_results.json"
-    text, records = (results.parent / "table.md").read_text(), sorted(folder.glob("runs/*/*-12x*.json"))
-    assert text in capsys.readouterr().out
-    assert len(records) == 6 and len(list(folder.glob("runs/*/*-4x*.json"))) >= 9  # of tuning
-    for criterion in ("constraint violations", "singular values", "deviation of the loss", "final validation loss"):
-        assert f"| {criterion}" in text
-    record = json.loads(next(path for path in records if "manifold" in path.name).read_text())
-    assert record["violations"] == 0 and record["max_violation"]["stiefel_muon"] < 1e-4
-    assert 0.9999 < record["sigma_min"] <= record["sigma_max"] < 1.0001
-    assert len(record["losses"]) == len(record["gradient_norms"]) == record["run"]["steps"] == 12
-    assert len(record["eval_losses"]) == 6 and record["eval_losses"][-1] == record["eval_loss"]
-    assert len(SpectralLog(records[1].with_suffix("") / "spectral_log").table()) > 0
-    assert {"commit", "torch", "threads"} <= set(record["versions"]) and record["time"]["optimizer_step_ms"] > 0
-    table = json.loads(results.read_text())["table"]
-    assert [row["criterion"] for row in table if row["holds"]][:2] == ["constraint violations", "singular values"]
-
-    records[0].unlink()  # as if the experiment had been cut off in this run
-    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("runs/*/*.json")}
-    experiment("--seeds", 0, 1)
-    assert records[0].is_file() and kept == {path: path.stat().st_mtime_ns for path in kept}
-    again = json.loads(results.read_text())["table"]
-    final = [[row["minus adamw"] for row in rows if "final" in row["criterion"]] for rows in (table, again)]
-    assert final[0] == final[1]  # the run that was made again is the same
+@pytest.fixture(scope="module")
+def results(run, run_script, tmp_path_factory) -> Path:
+    """The results of all experiments, and the report."""
+    folder = tmp_path_factory.mktemp("results")
+    for experiment in SCRIPTS:
+        run(experiment, folder, *(SMALL_GRID if experiment == "experiment_3" else ()))
+    run_script("report.py", "--results", folder)
+    return folder
 
 
-def test_a_study_of_other_arms_is_refused(experiment, capsys):
-    experiment("--seeds", 0, 1)
+def read(folder: Path, experiment: str) -> dict:
+    return json.loads((folder / experiment / f"{experiment}_results.json").read_text())
+
+
+def test_a_record_holds_what_a_figure_must_be_quoted_with(results):
+    path = results / "runs" / read(results, "experiment_1")["moe"]["runs"]["muon"][0]
+    record = json.loads(path.read_text())
+    assert record["run"]["seed"] == 0 and record["run"]["optimizer"] == "muon" and record["run"]["steps"] == 12
+    assert len(record["losses"]) == len(record["gradient_norms"]) == 12
+    assert record["eval_losses"][-1] == record["eval_loss"] and record["eval_steps"][-1] == 12
+    assert record["eval_perplexity"] == pytest.approx(math.exp(record["eval_loss"]), rel=1e-4)
+    assert {"commit", "torch", "threads", "transformers"} <= set(record["versions"])
+    assert record["time"]["optimizer_step_ms"] > 0 and record["peak_memory_mib"] > 0
+    log = SpectralLog(path.with_suffix("") / "spectral_log").read()
+    assert log.step.min() == 0 and log.step.max() == 12 and log.update_spectral_norm.notna().any()
+
+
+def test_the_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_data(results):
+    """The first logged loss comes before the first update: equal for every optimizer, different between seeds."""
+    for experiment in ("experiment_2", "experiment_6"):
+        runs = read(results, experiment)["runs"]
+        for seed in (0, 1):
+            first = {json.loads((results / "runs" / some[seed]).read_text())["losses"][0]
+                     for arm, some in runs.items() if arm != "manifold Muon"}  # fmt: skip
+            assert len(first) == 1  # the manifold puts the weights on it before the first step
+
+
+def test_one_seed_gives_one_result_to_the_last_bit(run, results, tmp_path):
+    run("experiment_5", tmp_path)
+    for again in tmp_path.glob("runs/*/*-seed1.json"):
+        records = [json.loads(path.read_text()) for path in (again, results / again.relative_to(tmp_path))]
+        assert records[0]["losses"] == records[1]["losses"] and records[0]["eval_loss"] == records[1]["eval_loss"]
+
+
+def test_an_interrupted_experiment_goes_on_and_repeats_nothing(run, results):
+    runs = read(results, "experiment_5")["runs"]
+    (results / "runs" / runs["muon"][1]).unlink()  # as if the experiment had been cut off in this run
+    before = {path: path.stat().st_mtime_ns for path in results.glob("runs/*/*.json")}
+    run("experiment_5", results)
+    assert (results / "runs" / runs["muon"][1]).is_file()
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_experiments_share_the_runs_that_they_have_in_common(results):
+    full = read(results, "experiment_2")["runs"]["full"]
+    assert (
+        full == read(results, "experiment_1")["moe"]["runs"]["muon"] == read(results, "experiment_6")["runs"]["muon"]
+    )
+
+
+def test_the_learning_rate_of_every_arm_is_the_best_that_was_tried(results):
+    for result in read(results, "experiment_1").values():
+        for arm, tried in result["tuning"].items():
+            assert result["learning_rates"][arm] == float(min(tried, key=tried.get)) and len(tried) == 3
+
+
+def test_the_manifold_experiment_judges_the_criteria_of_its_document(results):
+    rows = {row["criterion"]: row for row in read(results, "experiment_5")["table"]}
+    assert rows["constraint violations"]["holds"] and rows["singular values"]["holds"]
+    assert 0.9999 < rows["singular values"]["manifold"][0] <= rows["singular values"]["manifold"][1] < 1.0001
+    losses = {arm: [json.loads((results / "runs" / name).read_text())["eval_loss"] for name in some]
+              for arm, some in read(results, "experiment_5")["runs"].items()}  # fmt: skip
+    mean = sum(a - b for a, b in zip(losses["manifold"], losses["adamw"], strict=True)) / 2
+    assert rows["final validation loss"]["minus adamw"]["difference"] == pytest.approx(mean)
+    assert "| final validation loss |" in (results / "experiment_5" / "table.md").read_text()
+
+
+def test_profiles_add_up_and_leave_a_trace(results):
+    rows = read(results, "experiment_4")["rows"]
+    assert {row["model"] for row in rows} == {"moe", "dense"} and len(rows) == 10
+    for row in rows:
+        assert row["newton_schulz_ms"] <= row["optimizer_ms"] <= row["step_ms"]
+        assert (row["newton_schulz_ms"] > 0) == row["arm"].startswith("muon")
+        assert (results / "experiment_4" / "traces" / row["trace"]).stat().st_size > 1000
+        assert row["kernels"][0]["self_ms"] >= row["kernels"][-1]["self_ms"] > 0
+
+
+def test_the_report_gives_every_claim_a_verdict_by_its_rule(results):
+    claims = {claim["id"]: claim for claim in json.loads((results / "report.json").read_text())["claims"]}
+    assert {number.split("_")[0] for number in claims} == {str(number) for number in range(1, 13)}
+    for claim in claims.values():
+        assert claim["n"] >= 2 and claim["commit"] and claim["findings"]
+        for finding in claim["findings"]:
+            (low, high), (least, most) = finding["interval"], finding["needed"]
+            least, most = -math.inf if least is None else least, math.inf if most is None else most
+            inside, outside = least <= low and high <= most, high < least or low > most
+            expected = "holds" if inside else "does_not_hold" if outside else "not_decided"
+            assert finding["verdict"] == expected
+    assert claims["11_constraint_holds"]["verdict"] == "holds"
+    page = (results / "report.html").read_text()
+    assert "data:image/png;base64" in page and 'src="experiment' not in page
+    assert all(claim["text"].split(" (")[0].replace("'", "") in page.replace("'", "") for claim in claims.values())
+
+
+def test_figures_drawn_again_from_the_records_are_identical(results):
+    from experiments.drawings import draw
+
+    before = {path: path.read_bytes() for path in results.glob("experiment_2/*.png")}
+    assert len(before) == 2
+    draw("experiment_2", results)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+@pytest.mark.parametrize("how", ["a record is missing", "an arm lacks a seed", "a run has another config"])
+def test_the_report_refuses_results_that_do_not_belong_together(results, run_script, tmp_path, capsys, how):
+    (tmp_path / "experiment_6").mkdir()
+    runs = read(results, "experiment_2")["runs"]
+    for name in [name for some in runs.values() for name in some]:
+        copy = tmp_path / "runs" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text((results / "runs" / name).read_text())
+    result = read(results, "experiment_2")
+    victim = tmp_path / "runs" / runs["neither"][1]
+    if how == "a record is missing":
+        victim.unlink()
+    elif how == "an arm lacks a seed":
+        result["runs"]["neither"].pop()
+    else:
+        victim.write_text(victim.read_text().replace('"steps": 12', '"steps": 13'))
+    (tmp_path / "experiment_2").mkdir()
+    (tmp_path / "experiment_2" / "experiment_2_results.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit) as stopped:
+        run_script("report.py", "--results", tmp_path)
+    error = capsys.readouterr().err
+    expected = {
+        "a record is missing": f"misses 1 records, {runs['neither'][1]} first",
+        "an arm lacks a seed": "neither has the seeds [0], full has [0, 1]",
+        "a run has another config": "neither has steps 13, full has 12",
+    }[how]
+    assert stopped.value.code == 2 and expected in error and error.count("\n") == 1
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_a_study_of_other_arms_is_refused(run, results, capsys):
     with pytest.raises(SystemExit):
-        experiment("--seeds", 0, 1, "--batch", 8)
+        run("experiment_5", results, "--batch", 8)
     assert "was made with another config: use another --output_dir" in capsys.readouterr().err
 
 
-def test_a_trial_of_a_killed_worker_is_tried_again(experiment, monkeypatch):
+def test_a_trial_of_a_killed_worker_is_tried_again(run, results, monkeypatch):
     """It stays RUNNING in the database, without heartbeats."""
     import optuna
     from experiments import sweeps
 
     monkeypatch.setattr(sweeps, "HEARTBEAT", 1)
-    folder = experiment("--seeds", 0, 1)
-    study = optuna.load_study(study_name="experiment_5", storage=f"sqlite:///{folder}/studies.sqlite")
+    study = optuna.load_study(study_name="experiment_5", storage=f"sqlite:///{results}/studies.sqlite")
     study.enqueue_trial({"seed": 5, "arm": "muon"})
     killed = study.ask()
-    experiment("--seeds", 0, 1, 5)
-    assert len(list(folder.glob("runs/*/*-12x*-seed5.json"))) == 3
+    run("experiment_5", results, "--seeds", 0, 5)
     again = [trial for trial in study.trials if trial.params == {"seed": 5, "arm": "muon"}]
     assert [trial.state.name for trial in again if trial.number != killed.number] == ["COMPLETE"]
+    run("experiment_5", results)  # as it was, for the other tests
 
 
-def test_one_seed_has_no_interval(experiment, capsys):
-    with pytest.raises(SystemExit):
-        experiment("--seeds", 0)
-    assert "--seeds 0: an interval needs two seeds at least" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments, error", [
+    (("--seeds", 0), "--seeds 0: an interval needs two seeds at least"),
+    (("--workers", 0), "--workers 0: at least 1"),
+    (("--steps", -3), "--steps -3: at least 1"),
+])  # fmt: skip
+def test_bad_arguments_are_one_line(run, tmp_path, capsys, arguments, error):
+    with pytest.raises(SystemExit) as stopped:
+        run("experiment_1", tmp_path, *arguments)
+    assert stopped.value.code == 2 and error in capsys.readouterr().err
 
 
-def test_the_paired_interval_is_that_of_students_t(monkeypatch):
+def test_two_workers_share_the_trials_of_a_search_and_pruned_ones_are_told(run_script, small_corpus, tmp_path, capsys):
+    os.environ["PYTHONPATH"] = str(ROOT)  # of the workers
+    arguments = ("--scale", "smoke", "--dataset", small_corpus, "--output_dir", tmp_path, "--sampler", "grid",
+                 "--trials", 6, "--low", 0.0001, "--high", 0.1)  # fmt: skip
+    run_script("learning_rate_search.py", *arguments, "--workers", 2)
+    found = json.loads((tmp_path / "learning_rate_search" / "learning_rate_search-muon-grid.json").read_text())
+    rates = sorted(trial["lr"] for trial in found["trials"])
+    assert rates == pytest.approx([0.0001 * 1000 ** (i / 5) for i in range(6)])
+    finished = [trial for trial in found["trials"] if trial["state"] == "COMPLETE"]
+    assert found["best"]["loss"] == min(trial["loss"] for trial in finished)
+    capsys.readouterr()
+    run_script("learning_rate_search.py", *arguments)
+    assert "validation loss" in (out := capsys.readouterr().out) and " s\n" not in out  # nothing was trained again
+
+
+def test_a_sampled_search_goes_on_until_its_number_of_trials(run_script, small_corpus, tmp_path):
+    arguments = ("--scale", "smoke", "--dataset", small_corpus, "--output_dir", tmp_path)
+    for trials in (2, 3):
+        run_script("learning_rate_search.py", *arguments, "--trials", trials)
+        name = tmp_path / "learning_rate_search" / "learning_rate_search-muon-tpe.json"
+        assert len(json.loads(name.read_text())["trials"]) == trials
+
+
+def test_the_intervals_are_those_of_students_t():
     """Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2 degrees of freedom) = 4.3027."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from experiments.intervals import paired
+    from experiments.intervals import paired, single
 
+    expected = pytest.approx([2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)], abs=1e-4)
     result = paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert result["difference"] == 2 and result["n"] == 3
-    assert result["interval"] == pytest.approx([2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)], abs=1e-4)
+    assert result["difference"] == 2 and result["n"] == 3 and result["interval"] == expected
+    assert single([1.0, 2.0, 3.0])["interval"] == expected
+    assert single([1.0, 1.0])["interval"] == [1.0, 1.0]
+
+
+def test_the_interval_of_a_ratio_of_variances_covers_it_in_95_of_100_draws():
+    import numpy as np
+    from experiments.intervals import variance_ratio
+
+    rng = np.random.default_rng(0)
+    draws = [variance_ratio(3 * rng.normal(size=4), rng.normal(size=4))["interval"] for _ in range(2000)]
+    covered = np.mean([low <= 9 <= high for low, high in draws])
+    assert covered == pytest.approx(0.95, abs=0.02)  # four standard errors of 2000 draws
+
+
+def test_tokens_to_a_loss_are_interpolated_between_evaluations():
+    from experiments.measures import tokens_to
+
+    record = {"eval_losses": [5.0, 4.0, 3.0], "eval_steps": [10, 20, 30], "tokens": 3000, "run": {"steps": 30}}
+    assert tokens_to(record, 3.5) == 2500 and tokens_to(record, 5.5) == 1000 and tokens_to(record, 3.0) == 3000
+    assert tokens_to(record, 2.9) is None
+
+
+def test_the_robust_range_ends_where_the_loss_is_one_percent_above_the_best(run_script):
+    script = SimpleNamespace(**load(ROOT / "scripts" / SCRIPTS["experiment_3"]))
+    found = script.robust_range({0.01: 1.02, 0.1: 1.0, 1.0: 1.04})  # 1.01 lies halfway, and a quarter of the way
+    assert found["best"] == 0.1 and not found["reaches_the_end"]
+    assert found["low"] == pytest.approx(0.1 * 0.1**0.5) and found["high"] == pytest.approx(0.1 * 10**0.25)
+    assert script.robust_range({0.01: 1.0, 0.1: 1.5, 1.0: math.inf})["reaches_the_end"]
+
+
+def load(path: Path) -> dict:
+    import runpy
+
+    return runpy.run_path(str(path))
+
+
+def test_no_window_of_validation_text_occurs_in_training(small_corpus):
+    from experiments.runs import Run
+    from experiments.scales import SCALES
+
+    scale = SCALES["smoke"]
+    data = Run("moe", scale.models["moe"], str(small_corpus), 1, scale.batch, scale.length, "muon", 0.1).data()
+    windows = {
+        split: {tuple(row["input_ids"].tolist()) for row in getattr(data, split)} for split in ("train", "validation")
+    }
+    assert windows["train"] and windows["validation"] and not windows["train"] & windows["validation"]
+
+
+def test_spectral_measures_follow_their_definitions():
+    """Two layers of one matrix each; the second doubles its norm while the updates' norms sum to 4."""
+    import pandas as pd
+    from experiments import spectra
+
+    rows = [
+        {"step": step, "layer": layer, "projection": "q_proj", "parameter": f"w{layer}", "expert": None, "rows": 4,
+         "columns": 4, "spectral_norm": 1.0 + layer * step / 4, "spectral_gap": 1.0 + layer * step / 8,
+         "spectral_entropy": 0.9 - 0.01 * step * layer, "nuclear_norm": 4.0, "frobenius_norm": 2.0,
+         "update_spectral_norm": math.nan if step == 0 else 1.0, "update_energy_in_top_k": 0.1 * (1 + layer)}
+        for step in range(5) for layer in range(2)
+    ]  # fmt: skip
+    log = pd.DataFrame(rows)
+    assert spectra.norm_growth(log, spectra.is_deep) == 1.0 and spectra.norm_growth(log, spectra.is_shallow) == 0.0
+    assert spectra.gap_change(log) == 0.5 and spectra.flatness(log) == 1.0  # four equal singular values
+    assert spectra.change(log, "spectral_entropy") == pytest.approx(-0.02)
+    assert spectra.of_updates(log, "update_energy_in_top_k") == pytest.approx(0.15)
+    assert spectra.collapse_step(log, drop=0.015) == {"0": None, "1": 2}
+    share, _ = spectra.growth_over_bound(log)
+    assert share == pytest.approx((0 + 1 / 3.5) / 2)  # trapezoids: half of the first update

@@ -47,6 +47,24 @@ def learning_rates(tried: Mapping[str, Mapping[float, float]], title: str) -> Fi
     return figure
 
 
+def step_times(rows: Sequence[Record]) -> Figure:
+    """Milliseconds of a step's parts, one bar for each model and arm."""
+    figure, axes = plt.subplots(figsize=(7, 0.4 * len(rows) + 1), layout="constrained")
+    names = [f"{row['model']}: {row['arm']}" for row in rows]
+    left = np.zeros(len(rows))
+    for part in ("forward", "backward", "newton_schulz", "rest of the optimizer"):
+        if part == "rest of the optimizer":
+            widths = np.array([row["optimizer_ms"] - row["newton_schulz_ms"] for row in rows])
+        else:
+            widths = np.array([row[f"{part}_ms"] for row in rows])
+        axes.barh(names, widths, left=left, label=part.replace("_", "-"))
+        left += widths
+    axes.invert_yaxis()
+    axes.set(xlabel="time of a step, ms")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+    return figure
+
+
 def loss_heatmaps(
     grids: Mapping[str, np.ndarray], rows: Sequence, columns: Sequence, names: tuple[str, str]
 ) -> Figure:

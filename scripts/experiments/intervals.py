@@ -5,14 +5,32 @@ from collections.abc import Sequence
 from benchmarks.common import Record
 from scipy import stats
 
+LEVEL = 0.95
+
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Record:
     """Mean difference `values - others` over seeds, its 95% interval and p-value by a paired t-test."""
     test = stats.ttest_rel(values, others)
-    interval = test.confidence_interval(0.95)
-    difference = sum(a - b for a, b in zip(values, others, strict=True)) / len(values)
+    interval = test.confidence_interval(LEVEL)
+    difference = mean([a - b for a, b in zip(values, others, strict=True)])
     return {"difference": difference, "interval": [float(interval.low), float(interval.high)],
             "p": float(test.pvalue), "n": len(values)}  # fmt: skip
+
+
+def single(values: Sequence[float]) -> Record:
+    """Mean of values over seeds with its 95% interval by Student's t."""
+    if len(set(values)) == 1:
+        return {"mean": values[0], "interval": [values[0], values[0]], "n": len(values)}
+    interval = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return {"mean": mean(values), "interval": [float(interval.low), float(interval.high)], "n": len(values)}
+
+
+def variance_ratio(values: Sequence[float], others: Sequence[float]) -> Record:
+    """Variance of `values` over that of `others`, with its 95% interval by the F distribution."""
+    ratio = stats.tvar(values) / stats.tvar(others)
+    degrees = len(values) - 1, len(others) - 1
+    low, high = (ratio / stats.f.ppf(p, *degrees) for p in ((1 + LEVEL) / 2, (1 - LEVEL) / 2))
+    return {"ratio": float(ratio), "interval": [float(low), float(high)], "n": len(values)}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -28,13 +28,11 @@ class Scale:
     length: int  # tokens of a sequence
     models: Mapping[str, Mapping[str, Any]]  # name -> fields of BlueberryConfig
     accumulation: int = 1  # micro-batches that a step is made of
-
-    @property
-    def tuning_steps(self) -> int:
-        """Of the runs that only choose a learning rate."""
-        return max(2, self.steps // 3)
+    tuning_steps: int = 0  # of the runs that only choose a learning rate; 0: a third of the steps
 
 
+SIZES = {"steps": "optimizer steps", "tuning_steps": "steps of runs that choose a setting", "batch": "sequences a step",
+         "length": "tokens a sequence"}  # fmt: skip
 _MOE = PRESETS["tiny"] | {"max_position_embeddings": 128}
 _DENSE = {name: value for name, value in _MOE.items() if "expert" not in name and name != "moe_intermediate_size"}
 _DENSE |= {"num_hidden_layers": 6, "intermediate_size": 512, "hidden_act": "relu2"}
@@ -68,12 +66,14 @@ class Plan:
 
     def run(self, model: str, optimizer: str, lr: float, **changes: Any) -> Run:
         """A full-length run with evaluations and a spectral log."""
-        changes = {"evaluations": 8, "spectral_logs": 20, **changes}
+        changes = {"evaluations": 8, "spectral_logs": 8, **changes}
         return self._run(model, self.scale.steps, optimizer, lr).with_(**changes)
 
     def short(self, model: str, optimizer: str, lr: float, **changes: Any) -> Run:
         """A run that only chooses a setting."""
-        return self._run(model, self.scale.tuning_steps, optimizer, lr).with_(**{"seed": TUNING_SEED, **changes})
+        return self._run(model, self.scale.tuning_steps or max(2, self.scale.steps // 3), optimizer, lr).with_(
+            **{"seed": TUNING_SEED, **changes}
+        )
 
     def _run(self, model: str, steps: int, optimizer: str, lr: float) -> Run:
         scale = self.scale
@@ -96,7 +96,7 @@ def plan_parser(description: str, scales: Mapping[str, Scale] = SCALES) -> OneLi
     parser.add_argument("--workers", type=int, default=1, help="processes that train side by side")
     parser.add_argument("--storage", help="URL of the Optuna database (default: studies.sqlite in output_dir)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: where the processor has it")
-    for name, what in (("steps", "optimizer steps"), ("batch", "sequences a step"), ("length", "tokens a sequence")):
+    for name, what in SIZES.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what}, instead of the scale's")
     return parser
 
@@ -105,7 +105,7 @@ def plan_of(arguments: argparse.Namespace, scales: Mapping[str, Scale] = SCALES)
     """Raises UsageError for numbers that make no experiment."""
     if len(set(arguments.seeds)) < 2:
         raise UsageError(f"--seeds {arguments.seeds[0]}: an interval needs two seeds at least, three are the default")
-    given = {name: getattr(arguments, name) for name in ("steps", "batch", "length")}
+    given = {name: getattr(arguments, name) for name in SIZES}
     for name, value in {**given, "workers": arguments.workers}.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value}: at least 1")

@@ -26,7 +26,6 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
-
 from transformers import TrainerCallback
 
 from blueberry.errors import UsageError, run_script
