@@ -31,8 +31,12 @@ class Scale:
     tuning_steps: int = 0  # of the runs that only choose a learning rate; 0: a third of the steps
 
 
-SIZES = {"steps": "optimizer steps", "tuning_steps": "steps of runs that choose a setting", "batch": "sequences a step",
-         "length": "tokens a sequence"}  # fmt: skip
+SIZES = {
+    "steps": "optimizer steps",
+    "tuning_steps": "steps of runs that choose a setting",
+    "batch": "sequences a step",
+    "length": "tokens a sequence",
+}
 _MOE = PRESETS["tiny"] | {"max_position_embeddings": 128}
 _DENSE = {name: value for name, value in _MOE.items() if "expert" not in name and name != "moe_intermediate_size"}
 _DENSE |= {"num_hidden_layers": 6, "intermediate_size": 512, "hidden_act": "relu2"}
