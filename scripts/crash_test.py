@@ -279,10 +279,11 @@ def spectra(run: Path) -> pd.DataFrame:
 
 
 def board_steps(run: Path) -> dict[str, list[int]]:
-    """Tag -> steps in TensorBoard."""
+    """Tag -> steps in TensorBoard. One that was killed after its last step may have its summary there twice."""
     board = EventAccumulator(str(run / "runs"), size_guidance={"scalars": 0})
     board.Reload()
-    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    return {tag: [step for step in of_tag if step < of_tag[-1]] + of_tag[-1:] for tag, of_tag in steps.items()}
 
 
 LOOKS = {
