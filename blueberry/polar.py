@@ -33,10 +33,9 @@ _POLAR_EXPRESS: tuple[Step, ...] = (
 # [0, g] into [0, 1] and, right of their first maximum, into [0.2, 1]: a minimax step would map some strong directions
 # to almost nothing, where rounding errors of half precision drown them. The last is the minimax polynomial of degree 9
 # on what they leave, [0.138, 1.03], and ends in [0.827, 1.173]. The guards g = 1.01, 1.02, 1.12 and 1.03 hold the
-# rounding errors of the steps before, which are largest after the first two steps composed in half precision (1.07
-# seen). From the bound of `_gram_bound` all that five steps of `keller_jordan` lift from the Frobenius norm (singular
-# values above 0.00134 of it) ends up there, with fewer operations. Linear programs find the coefficients
-# (tests/test_polar.py).
+# rounding errors of the steps before. From the bound of `_gram_bound` all that five steps of `keller_jordan` lift from
+# the Frobenius norm (singular values above 0.00134 of it) ends up there, with fewer operations. Linear programs find
+# the coefficients (tests/test_polar.py).
 ROBUST: tuple[Step, ...] = (
     (4.017645, -10.71105, 7.590588),
     (7.0912, -61.38547, 191.401, -233.5584, 96.95718),
@@ -111,7 +110,7 @@ def newton_schulz(
         dtype = torch.float64 if matrix.dtype == torch.float64 else fastest_dtype(matrix.device)
     stack, gram = _with_gram(matrix.reshape(-1, *matrix.shape[-2:]), dtype)
     bound = _gram_bound(gram) if coefficients == "robust" else _frobenius_norm(gram)  # as published
-    at_a_time = _steps_at_a_time(stack, coefficients)
+    at_a_time = _steps_at_a_time(stack)
     return _iterate(stack, gram, bound, steps, at_a_time).reshape(matrix.shape).to(matrix.dtype)
 
 
@@ -170,20 +169,16 @@ def _iterate(stack: Tensor, gram: Tensor, bound: Tensor, steps: Sequence[Step], 
     return stack
 
 
-def _steps_at_a_time(stack: Tensor, coefficients: str) -> int:
-    """How many steps to compose: that takes fewer operations from an aspect ratio of two on.
+def _steps_at_a_time(stack: Tensor) -> int:
+    """How many steps to compose: in single precision all, which takes fewer operations from an aspect ratio of two on.
 
-    All in single precision. In half precision a composed polynomial, large where it lifts weak directions, pushes
-    strong ones beyond their interval by its rounding: two steps of `robust`, whose guard allows for it, and by up to
-    20% in matrices of fewer than 64 rows, where nothing evens it out and nothing is gained. Published sets have no
-    such guard.
+    In half precision one: the Gram matrix of a composed step holds the rounding errors of the one before, multiplied
+    by the square of its largest slope, so that a strong direction can leave the interval on which the next polynomial
+    is bounded; a later step then throws it far away.
     """
     short, long = sorted(stack.shape[-2:])
-    if long < 2 * short:
-        return 1
-    if _wide(stack.dtype) == stack.dtype:
-        return 20
-    return 2 if coefficients == "robust" and short >= 64 else 1
+    is_half = _wide(stack.dtype) != stack.dtype
+    return 20 if long >= 2 * short and not is_half else 1
 
 
 def _compose(gram: Tensor, steps: Sequence[Step]) -> Tensor:

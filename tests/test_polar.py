@@ -140,6 +140,20 @@ def test_no_spectrum_however_steep_is_blown_up(shape, dtype):
         assert torch.linalg.svdvals(factor.double()).max() < 1.25
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (256, 128)], ids=str)
+def test_none_of_many_power_law_spectra_is_blown_up_in_half_precision(shape):
+    """One in some hundred such matrices got a singular value of 2.6, and in training of 40,000, when steps were
+    composed in half precision: more matrices than kinds of them are needed to see it."""
+    generator = torch.Generator().manual_seed(0)
+    for exponent in (1.0, 1.5, 2.0):
+        short = min(shape)
+        left = torch.linalg.qr(torch.randn(128, shape[0], short, generator=generator))[0]
+        right = torch.linalg.qr(torch.randn(128, shape[1], short, generator=generator))[0]
+        sigma = (1 + torch.arange(short)) ** -exponent
+        factors = newton_schulz((left * sigma) @ right.mT, dtype=torch.bfloat16)
+        assert torch.linalg.matrix_norm(factors.double(), 2).max() < 1.25
+
+
 @pytest.mark.parametrize(
     ("coefficients", "low", "high"),
     [("keller_jordan", 0.65, 1.25), ("robust", 0.8, 1.2), ("polar_express", 0.85, 1.15)],
