@@ -168,7 +168,7 @@ BAD_INPUT = {
     "missing file": (["--accelerator_config", "nowhere.json"], "nowhere.json"),
     "unknown metric": (["--metric_for_best_model", "bleu"], "--metric_for_best_model bleu is not evaluated: choose"),
     "unknown compiler": (["--torch_compile_backend", "gcc"], "'GCC' is not a valid DynamoBackend"),
-    "one process": (["--fsdp", "full_shard"], "fsdp only works in distributed training"),
+    "one process": (["--fsdp", "full_shard"], "FSDP was asked for and is not on"),
     "no steps": (["--max_steps", 0], "--max_steps 0: must be at least 1"),
     "no Hub token": (["--push_to_hub", "true"], "--push_to_hub true needs a Hub token"),
     "no Hub": (["--push_to_hub", "true", "--hub_token", "hf_x"], "--push_to_hub true needs the Hub, which cannot"),
@@ -232,7 +232,7 @@ BAD_INPUT = {
         "unknown argument --batch_size: did you mean --per_device_train_batch_size?",
     ),
     "missing path of a config": (["--config_name", "/nowhere/c.json"], "/nowhere/c.json: no such file or folder"),
-    "DeepSpeed": (["--deepspeed", "ds.json"], "--deepspeed is not supported .*FSDP2"),
+    "DeepSpeed": (["--deepspeed", "ds.json"], "--deepspeed is not supported: .*FSDP2"),
     "folder made too soon": (["--use_liger_kernel", "true"], "liger-kernel >= 0.3.0 is not available"),
     "batches that are never full": (
         [
