@@ -9,7 +9,6 @@ the same folder, also the training time to AdamW's final loss. Results go to res
 Run it alone on the machine.
 """
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from experiments.intervals import mean
 from experiments.measures import markdown, shown, tokens_to
 from experiments.runs import versions
 from experiments.scales import Plan, parse_plan
+from experiments.stored import read_comparison, read_results
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -57,7 +57,12 @@ def main() -> None:
     plan = parse_plan(__doc__)
     folder = plan.folder(NAME)
     rows = [row for model in plan.scale.models for row in profile_model(plan, model, folder)]
-    results = {"rows": rows, "time_to_adamws_loss": cost_benefit(plan), "rounds": ROUNDS, "versions": versions()}
+    results = {
+        "rows": rows,
+        "time_to_adamws_loss": cost_benefit(plan.laboratory.folder),
+        "rounds": ROUNDS,
+        "versions": versions(),
+    }
     write_json(folder / f"{NAME}_results.json", results)
     draw(NAME, plan.laboratory.folder)
     (folder / f"{NAME}.md").write_text(table := as_markdown(results, plan))
@@ -130,21 +135,17 @@ def _profiled_step(plan: Plan, trainee: Trainee, tokens: Tensor, trace: Path) ->
             for k in kernels[:KERNELS]]  # fmt: skip
 
 
-def cost_benefit(plan: Plan) -> dict[str, Record]:
+def cost_benefit(folder: Path) -> dict[str, Record]:
     """Seconds in training steps until AdamW's final loss, of both arms of experiment 1 (means over its seeds)."""
     found = {}
-    results = plan.folder("experiment_1") / "experiment_1_results.json"
-    chosen = json.loads(results.read_text()) if results.is_file() else {}
-    for model, result in chosen.items():
-        runs = [plan.run(model, arm, lr, seed=seed) for arm, lr in result["learning_rates"].items()
-                for seed in plan.seeds]  # fmt: skip
-        records = [json.loads(run.path(plan.laboratory.runs).read_text()) for run in runs]
-        adamw, muon = records[: len(plan.seeds)], records[len(plan.seeds) :]
-        seconds = [_seconds_to(record, goal["eval_loss"]) for record, goal in zip(muon, adamw, strict=True)]
+    for model, result in (read_results(folder, "experiment_1") or {}).items():
+        arms = read_comparison(folder, result["runs"], "experiment_1").arms
+        pairs = zip(arms["muon"], arms["adamw"], strict=True)
+        seconds = [_seconds_to(record, goal["eval_loss"]) for record, goal in pairs]
         found[model] = {
-            "adamw": mean([_seconds_to(record, record["eval_loss"]) for record in adamw]),
+            "adamw": mean([_seconds_to(record, record["eval_loss"]) for record in arms["adamw"]]),
             "muon": None if None in seconds else mean(seconds),
-            "n": len(plan.seeds),
+            "n": len(seconds),
         }
     return found
 

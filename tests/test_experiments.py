@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,7 +171,7 @@ def test_the_report_refuses_results_that_do_not_belong_together(results, run_scr
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text((results / "runs" / name).read_text())
     result = read(results, "experiment_2")
-    victim = tmp_path / "runs" / runs["neither"][1]
+    victim = tmp_path / "runs" / runs["neither"][0 if how == "a run has another config" else 1]
     if how == "a record is missing":
         victim.unlink()
     elif how == "an arm lacks a seed":
@@ -225,8 +224,10 @@ def test_bad_arguments_are_one_line(run, tmp_path, capsys, arguments, error):
     assert stopped.value.code == 2 and error in capsys.readouterr().err
 
 
-def test_two_workers_share_the_trials_of_a_search_and_pruned_ones_are_told(run_script, small_corpus, tmp_path, capsys):
-    os.environ["PYTHONPATH"] = str(ROOT)  # of the workers
+def test_two_workers_share_the_trials_of_a_search_and_pruned_ones_are_told(
+    run_script, small_corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the workers
     arguments = ("--scale", "smoke", "--dataset", small_corpus, "--output_dir", tmp_path, "--sampler", "grid",
                  "--trials", 6, "--low", 0.0001, "--high", 0.1)  # fmt: skip
     run_script("learning_rate_search.py", *arguments, "--workers", 2)

@@ -71,12 +71,12 @@ def read_comparison(folder: Path, files: Mapping[str, list[str]], experiment: st
     for arm, some in seeds.items():
         if some != seeds[first]:
             raise UsageError(f"{experiment}: {arm} has the seeds {some}, {first} has {seeds[first]}: run it again")
-    configs = {arm: _config(record) for arm, records in arms.items() for record in records}
-    for arm, config in configs.items():
-        if config != configs[first]:
-            name = next(name for name in config if config[name] != configs[first][name])
+    expected = _config(arms[first][0])
+    for arm, config in ((arm, _config(record)) for arm, records in arms.items() for record in records):
+        if config != expected:
+            name = next(name for name in config if config[name] != expected[name])
             raise UsageError(
-                f"{experiment}: {arm} has {name} {config[name]}, {first} has {configs[first][name]}: run it again"
+                f"{experiment}: {arm} has {name} {config[name]}, {first} has {expected[name]}: run it again"
             )
     return Comparison(arms, runs)
 
