@@ -52,6 +52,7 @@ MODEL = {
     "attention_dropout": 0.1,
 }
 PRELOADED = ["blueberry", "blueberry.training.data", "trainer_callbacks", "evaluate", "datasets"]
+AFTER_TRAINING = ("train/train_", "train/total_flos", "eval/")  # tags that are written once training is over
 TIMEOUT = 600  # seconds a life may take at most
 
 
@@ -279,11 +280,12 @@ def spectra(run: Path) -> pd.DataFrame:
 
 
 def board_steps(run: Path) -> dict[str, list[int]]:
-    """Tag -> steps in TensorBoard. One that was killed after its last step may have its summary there twice."""
+    """Tag -> steps in TensorBoard. What is written after the last step may be there twice, in a run that was killed
+    after it: the summary of training and the last evaluation."""
     board = EventAccumulator(str(run / "runs"), size_guidance={"scalars": 0})
     board.Reload()
     steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    return {tag: [step for step in of_tag if step < of_tag[-1]] + of_tag[-1:] for tag, of_tag in steps.items()}
+    return {tag: sorted(set(some)) if tag.startswith(AFTER_TRAINING) else some for tag, some in steps.items()}
 
 
 LOOKS = {
