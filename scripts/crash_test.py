@@ -52,7 +52,8 @@ MODEL = {
     "attention_dropout": 0.1,
 }
 PRELOADED = ["blueberry", "blueberry.training.data", "trainer_callbacks", "evaluate", "datasets"]
-AFTER_TRAINING = ("train/train_", "train/total_flos", "eval/")  # tags that are written once training is over
+# Tags of the last evaluation and of the summary of training, which repeats the epoch and the tokens of the last log.
+AFTER_TRAINING = ("eval/", "train/train_", "train/total_flos", "train/epoch", "train/num_input_tokens_seen")
 TIMEOUT = 600  # seconds a life may take at most
 
 
@@ -280,12 +281,15 @@ def spectra(run: Path) -> pd.DataFrame:
 
 
 def board_steps(run: Path) -> dict[str, list[int]]:
-    """Tag -> steps in TensorBoard. What is written after the last step may be there twice, in a run that was killed
-    after it: the summary of training and the last evaluation."""
+    """Tag -> steps in TensorBoard. A run that was killed after its last step may have what follows training twice."""
     board = EventAccumulator(str(run / "runs"), size_guidance={"scalars": 0})
     board.Reload()
     steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    return {tag: sorted(set(some)) if tag.startswith(AFTER_TRAINING) else some for tag, some in steps.items()}
+    return {tag: once_at_end(some) if tag.startswith(AFTER_TRAINING) else some for tag, some in steps.items()}
+
+
+def once_at_end(steps: list[int]) -> list[int]:
+    return [step for step in steps if step < steps[-1]] + steps[-1:]
 
 
 LOOKS = {
