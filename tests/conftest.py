@@ -61,6 +61,7 @@ def arguments(small_corpus: Path, small_config: Path) -> list:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["BLUEBERRY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_XET_CACHE"] = str(tmp_path_factory.mktemp("xet"))
 
 
 @pytest.fixture

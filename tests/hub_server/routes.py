@@ -383,7 +383,7 @@ def web_url(request: Request, repo: Repo) -> str:
 
 def xet_token(request: Request, kind: str, repo: str, access: str, revision: str) -> Answer:
     request.repo(kind, repo, write=access == "write" and not request.flag("create_pr"))
-    url, expires = f"{request.server.url}/xet", int(time.time()) + 3600
+    url, expires = f"{request.server.url}/xet/{request.server.name}", int(time.time()) + 3600
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
     return as_json({"casUrl": url, "exp": expires, "accessToken": "xet"}, **headers)
 
@@ -412,7 +412,9 @@ def reconstruction(request: Request, name: str) -> Answer:
     stored = next((file for file in request.hub.xet.files.values() if file.hash == name), None)
     if stored is not None and first >= stored.size > 0:
         raise HubError(416)
-    found = request.hub.xet.reconstruction(name, first, last, f"{request.server.storage_url}/xet")
+    found = request.hub.xet.reconstruction(
+        name, first, last, f"{request.server.storage_url}/xet/{request.server.name}"
+    )
     if found is None:
         raise HubError(404)
     return as_json(found)
@@ -425,6 +427,7 @@ def unknown_chunk(request: Request, name: str) -> Answer:
 
 _ANY = r"(?P<kind>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"
 _WEB = r"/(?P<kind>(?:datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)"
+_XET, _HASH = r"/xet/[0-9a-f]{32}", r"(?P<name>[0-9a-f]{64})"
 _REV = r"(?P<revision>[^/]+|refs/pr/\d+)"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", r"/api/whoami-v2", whoami),
@@ -450,9 +453,9 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("PUT", r"/upload/(?P<oid>[0-9a-f]{64})/(?P<number>\d+)", upload_part),
     ("POST", r"/complete/(?P<oid>[0-9a-f]{64})", complete),
     ("GET|HEAD", r"/lfs/(?P<oid>[0-9a-f]{64})", download),
-    ("POST", r"/xet/v1/xorbs/default/(?P<name>[0-9a-f]{64})", put_xorb),
-    ("GET", r"/xet/xorbs/(?P<name>[0-9a-f]{64})", get_xorb),
-    ("POST", r"/xet/v1/shards|/xet/shards", put_shard),
-    ("GET", r"/xet/v1/reconstructions/(?P<name>[0-9a-f]{64})", reconstruction),
-    ("GET", r"/xet/v1/chunks/[\w-]+/(?P<name>[0-9a-f]{64})", unknown_chunk),
+    ("POST", rf"{_XET}/v1/xorbs/default/{_HASH}", put_xorb),
+    ("GET", rf"{_XET}/xorbs/{_HASH}", get_xorb),
+    ("POST", rf"{_XET}/v1/shards|{_XET}/shards", put_shard),
+    ("GET", rf"{_XET}/v1/reconstructions/{_HASH}", reconstruction),
+    ("GET", rf"{_XET}/v1/chunks/[\w-]+/{_HASH}", unknown_chunk),
 ]

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -15,20 +16,23 @@ DROP = 0  # status of a failure that closes the connection without an answer
 
 
 class HubServer:
-    """A Hub in a thread, on a free port.
+    """A Hub in a thread, on `port` (0: a free one).
 
     Attributes:
         url: for `HF_ENDPOINT`.
         storage_url: the same server under another name: large files must come from another origin.
+        name: of the chunk store, in its address: hf_xet remembers by address, on disk, which chunks a store has, and
+            ports come round again.
         hub: its content.
         requests: (method, path) of everything asked so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.name = uuid.uuid4().hex
         self.hub = Hub()
         self.requests: list[tuple[str, str]] = []
         self._failures: list[dict[str, Any]] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         self.storage_url = f"http://localhost:{self._http.server_port}"
