@@ -13,14 +13,14 @@ from blueberry.errors import UsageError
 from .card import eval_results_file
 from .events import scrubbed_events
 from .remote_code import MODEL_TYPE, code_files, with_auto_map
-from .run import AUDIT, CONFIG, PROVENANCE, RESULTS, Run, config_name
+from .run import AUDIT, BENCHMARKS, CONFIG, PROVENANCE, RESULTS, Run, config_name
 from .scrub import Scrubber
 from .sharding import sharded
 
 Content = bytes | Path  # small and perhaps rewritten, or large and as it lies on the disk
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "additional_chat_templates/*.jinja")  # fmt: skip
-_TEXTS = ("generation_config.json", RESULTS, PROVENANCE, AUDIT, "optimizer_audit.md", *_TOKENIZER)
+_TEXTS = ("generation_config.json", RESULTS, PROVENANCE, BENCHMARKS, AUDIT, "optimizer_audit.md", *_TOKENIZER)
 # Files of an earlier push that the next one deletes when it does not bring them again.
 OWNED = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "*_blueberry.py",
          "runs/*", "figures/*", "spectral_log/*")  # fmt: skip

@@ -60,6 +60,7 @@ class RunCard:
     licence: str
     version: str
     base: str | None = None  # of an adapter
+    benchmarks: list[tuple[str, ...]] = field(default_factory=list)
     spectra: Spectra | None = None
     figures: dict[str, str] = field(default_factory=dict)
 
@@ -94,6 +95,7 @@ def card_of(runs: Sequence[Run], repo_id: str, licence: str, figures: Sequence[s
         licence=f"The weights: {licence}. " + _data_licence(run),
         version=_version(run),
         base=run.base if run.is_adapter else None,
+        benchmarks=_benchmarks(run),
         spectra=spectra_of(run.spectral_log),
         figures={name: caption for name, caption in FIGURES.items() if name in figures},
     )
@@ -242,6 +244,17 @@ def _results(runs: Sequence[Run]) -> dict[str, str]:
     return texts
 
 
+def _benchmarks(run: Run) -> list[tuple[str, ...]]:
+    """Rows of task, examples before a question, metric, value with its standard error."""
+    rows = []
+    for task, found in run.benchmarks.items():
+        shots = "" if found["num_fewshot"] is None else str(found["num_fewshot"])
+        for metric, numbers in found["metrics"].items():
+            error = "" if numbers["stderr"] is None else f" ± {numbers['stderr']:.4f}"
+            rows.append((task, shots, metric, f"{numbers['value']:.4f}{error}"))
+    return rows
+
+
 def _interval(values: Sequence[float], digits: int) -> str:
     from scipy import stats
 
@@ -311,4 +324,11 @@ def eval_results_file(run: Run) -> bytes:
         for name, (_, metric, _) in _METRICS.items()
         if metric and run.metrics.get(name) is not None
     ]
+    entries += [
+        EvalResultEntry(dataset_id=found["dataset"], task_id=f"{task}:{metric}", value=round(numbers["value"], 6),
+                        notes=f"lm-evaluation-harness, {found['num_fewshot']} examples before a question")
+        for task, found in run.benchmarks.items()
+        if "/" in (found["dataset"] or "")  # on the Hub
+        for metric, numbers in found["metrics"].items()
+    ]  # fmt: skip
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from blueberry.benchmarks import FILE as BENCHMARKS
+from blueberry.benchmarks import digest, read_record
 from blueberry.errors import UsageError
 from blueberry.spectral.log import FOLDER as SPECTRAL_LOG
 from blueberry.spectral.log import SpectralLog
@@ -92,6 +94,14 @@ class Run:
         experts, chosen = self.config.get("num_experts") or 0, self.config.get("num_experts_per_tok") or 0
         in_experts = sum(math.prod(shape) for name, shape in self.shapes.items() if ".experts." in name)
         return self.parameters if not experts else self.parameters - in_experts * (experts - chosen) // experts
+
+    @cached_property
+    def benchmarks(self) -> dict[str, dict[str, Any]]:
+        """Task -> what scripts/evaluate_model.py found for these weights on all of its questions."""
+        if not (self.folder / BENCHMARKS).is_file():
+            return {}
+        record = read_record(self.folder / BENCHMARKS, digest(self.weights)) or {"tasks": {}}
+        return {task: found for task, found in record["tasks"].items() if found["questions"] == found["of"]}
 
     @property
     def spectral_log(self) -> SpectralLog | None:

@@ -76,11 +76,12 @@ def set_up(adapter_args, data_args, tracking_args, args, folder):
 
     from blueberry.optim.stiefel_lora import start_orthonormal
     from blueberry.training.data import prepare_data
+    from blueberry.training.loading import load_model
     from blueberry.training.model import positions
     from blueberry.training.resuming import check_same_identity, identity
 
-    model, name = load_model(adapter_args)
-    data_args.tokenizer = data_args.tokenizer or name
+    model = load_model(adapter_args.model, trust_remote_code=adapter_args.trust_remote_code, dtype="float32")
+    data_args.tokenizer = data_args.tokenizer or adapter_args.model.partition("@")[0]
     config = model.config
     data = prepare_data(data_args, vocab_size=config.get_text_config().vocab_size, max_positions=positions(config))
     print(data.description)
@@ -93,28 +94,6 @@ def set_up(adapter_args, data_args, tracking_args, args, folder):
         start_orthonormal(wrapped)
     callbacks = [folder, *train_llm.make_callbacks(wrapped, tracking_args, args), *pushing]
     return train_llm.make_trainer(wrapped, data, args, callbacks, trainer_class()), data
-
-
-def load_model(arguments: AdapterArguments):
-    """(model, where its tokenizer is)."""
-    from transformers import AutoModelForCausalLM
-
-    import blueberry  # noqa: F401 (registers its models)
-    from blueberry.training.hub_access import hub_or_cache
-    from blueberry.training.reading import is_local_path
-
-    name, _, revision = arguments.model.partition("@")
-    if is_local_path(name) and not Path(name).is_dir():
-        raise UsageError(f"--model {name}: no such folder; check the path")
-    if not Path(name).is_dir():
-        hub_or_cache()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=arguments.trust_remote_code, dtype="float32"
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {arguments.model}: {' '.join(str(error).split())[:300]}") from error
-    return model, name
 
 
 def lora_config(model, arguments: AdapterArguments):

@@ -5,7 +5,6 @@ python scripts/generate.py --model results/demo --prompt "My fellow citizens,"
 
 import argparse
 import math
-from pathlib import Path
 
 from blueberry.errors import OneLineParser, UsageError, run_script
 
@@ -14,7 +13,7 @@ DEFAULT_LENGTH = 60  # tokens
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a run, or Hub id")
+    parser.add_argument("--model", required=True, help="folder of a run, or Hub id, ID@REVISION")
     parser.add_argument("--prompt", default="My fellow citizens,")
     parser.add_argument("--max_new_tokens", type=int, help=f"default: {DEFAULT_LENGTH}, less where they do not fit")
     parser.add_argument("--seed", type=int, default=0)
@@ -31,9 +30,10 @@ def main() -> None:
         raise UsageError(f"--seed {arguments.seed}: must be at least 0 and below 2**32")
     from transformers import set_seed
 
+    from blueberry.training.loading import load_model, load_tokenizer
     from blueberry.training.summary import sample
 
-    model, tokenizer = load(arguments.model)
+    model, tokenizer = load_model(arguments.model), load_tokenizer(arguments.model)
     length = new_tokens(model, len(tokenizer(arguments.prompt)["input_ids"]), arguments.max_new_tokens)
     set_seed(arguments.seed)
     print(sample(model, tokenizer, arguments.prompt, length))
@@ -52,29 +52,6 @@ def new_tokens(model, prompt: int, asked: int | None) -> int:
             "left, give no more than that"
         )
     return min(asked or DEFAULT_LENGTH, longest - prompt)
-
-
-def load(name: str):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from blueberry.training.hub_access import hub_or_cache
-    from blueberry.training.reading import is_local_path
-
-    folder = Path(name)
-    if is_local_path(name) and not folder.is_dir():
-        raise UsageError(f"--model {name}: no such folder; check the path")
-    if not folder.is_dir():
-        hub_or_cache()
-    elif not (folder / "config.json").is_file():
-        raise UsageError(f"--model {name} holds no config.json: name the folder of a finished run")
-    elif not any(folder.glob("tokenizer*")):
-        raise UsageError(f"--model {name} has no tokenizer: it was trained on token ids, save one in the folder")
-    try:
-        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        tried = "" if folder.is_dir() else "no such folder, and the Hub did not give it: "
-        raise UsageError(f"--model {name}: {tried}{reason}") from error
 
 
 if __name__ == "__main__":

@@ -244,9 +244,9 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     _write(path, yaml.safe_dump(dict(content), sort_keys=False))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write `content` as JSON, atomically."""
+    _write(path, json.dumps(content, indent=indent) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -112,7 +112,7 @@ def record_of(run: Run, folder: Path, watch: Sequence[TrainerCallback] = ()) -> 
         "seconds": round(time.perf_counter() - start, 2),
         "versions": versions(),
     }
-    write_json(path, record)
+    write_json(path, record, indent=None)  # hundreds of losses
     return record
 
 
