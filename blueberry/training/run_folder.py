@@ -245,8 +245,8 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write `content` as JSON, atomically."""
-    _write(path, json.dumps(content, indent=indent) + "\n")
+    """Write `content` as JSON, atomically; without `indent` as short as it can be."""
+    _write(path, json.dumps(content, indent=indent, separators=None if indent else (",", ":")) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

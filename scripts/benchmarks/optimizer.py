@@ -107,10 +107,7 @@ def default_flops(shape: tuple[int, ...]) -> float:
     short, long = sorted(shape[-2:])
     matrices = shape[0] if len(shape) == 3 else 1
     polynomials = 2 * (1 + 2) * 2 * short**3  # of degree 5 and 9 in turn
-    if long < 2 * short:
-        return matrices * (polynomials + 4 * 2 * 2 * short**2 * long)  # and twice a step a product with the stack
-    composed = 2 * 3 * 2 * short**3  # twice P G P and P P
-    return matrices * (polynomials + composed + 2 * 2 * 2 * short**2 * long)
+    return matrices * (polynomials + 4 * 2 * 2 * short**2 * long)  # and twice a step a product with the stack
 
 
 def gemm_rate(shapes: list[tuple[int, ...]]) -> float:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from . import spectra
 from .intervals import mean, paired, single
@@ -92,10 +94,10 @@ def _relation_to_loss(comparison: Comparison) -> str:
 
 
 def _correlation(log: pd.DataFrame, record: Mapping) -> float:
+    """Spearman's, of the validation losses and the norms at their steps, between logs by linear interpolation."""
     norms = spectra.hidden(log).groupby("step").spectral_norm.mean()
-    losses = pd.Series(record["eval_losses"], index=record["eval_steps"])
-    both = pd.concat([norms, losses], axis=1, join="inner")
-    return float(both.corr(method="spearman").iloc[0, 1]) if len(both) > 2 else float("nan")
+    at_losses = np.interp(record["eval_steps"], norms.index, norms)
+    return float(stats.spearmanr(at_losses, record["eval_losses"]).statistic)
 
 
 def _percent(found: Mapping) -> str:
