@@ -189,7 +189,9 @@ def test_the_report_refuses_results_that_do_not_belong_together(results, run_scr
     elif how == "an arm lacks a seed":
         result["runs"]["neither"].pop()
     else:
-        victim.write_text(victim.read_text().replace('"steps": 12', '"steps": 13'))
+        record = json.loads(victim.read_text())
+        record["run"]["steps"] += 1
+        victim.write_text(json.dumps(record))
     (tmp_path / "experiment_2").mkdir()
     (tmp_path / "experiment_2" / "experiment_2_results.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit) as stopped:

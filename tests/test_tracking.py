@@ -248,7 +248,7 @@ def test_exact_mode_gives_the_same_rows(tmp_path):
 
 
 def test_a_full_disk_costs_tensorboard_and_the_log_and_not_the_training(tmp_path, monkeypatch, caplog):
-    def full(*args):
+    def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     class Fill(TrainerCallback):
