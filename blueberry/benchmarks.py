@@ -30,7 +30,7 @@ def run_benchmarks(
     num_fewshot: examples before each question; None takes the task's own number. limit: questions of each task.
 
     Returns: {"lm_eval": version, "tasks": {name: {"metrics": {name: {"value", "stderr", "higher_is_better"}},
-    "questions", "of", "num_fewshot", "version", "dataset"}}}; stderr None where there is none.
+    "questions", "of", "limit", "num_fewshot", "version", "dataset"}}}; stderr None where there is none.
 
     Raises UsageError for an unknown task, data that cannot be had, and answers longer than the model's window.
     """
@@ -53,7 +53,8 @@ def run_benchmarks(
         if "maximum sequence length" not in str(error):
             raise
         raise UsageError(f"--tasks {' '.join(tasks)}: the model's window is too short ({_line(error)})") from error
-    return {"lm_eval": __version__, "tasks": {name: _task_record(name, found) for name in found["results"]}}
+    records = {name: _task_record(name, found) | {"limit": limit} for name in found["results"]}
+    return {"lm_eval": __version__, "tasks": records}
 
 
 def task_manager(tasks: Iterable[str]) -> Any:

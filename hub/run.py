@@ -101,7 +101,7 @@ class Run:
         if not (self.folder / BENCHMARKS).is_file():
             return {}
         record = read_record(self.folder / BENCHMARKS, digest(self.weights)) or {"tasks": {}}
-        return {task: found for task, found in record["tasks"].items() if found["questions"] == found["of"]}
+        return {task: found for task, found in record["tasks"].items() if found["limit"] is None}
 
     @property
     def spectral_log(self) -> SpectralLog | None:

@@ -1,4 +1,4 @@
-"""A process of a parallel run dies: the run ends, and goes on from its newest checkpoint."""
+"""A process of a parallel run dies: the run ends, and its checkpoints stay whole."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def waited(done, what: str, errors: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_a_rank_is_killed_the_others_end_and_the_run_can_go_on(launched, rank):
+def test_when_a_rank_is_killed_the_others_end_and_checkpoints_stay_whole(launched, rank):
     run, folder = launched
     errors = folder.with_name("stderr")
     checkpoint = folder / "checkpoint-16"

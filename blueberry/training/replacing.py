@@ -17,10 +17,9 @@ _DISCARDED = ".discarded"  # the same while it is being deleted
 # What a run writes; nothing else in the folder is ever deleted.
 _CONTENTS = (
     CONFIG, EVAL_RESULTS, AUDIT, "optimizer_audit.md", IDENTITY, PROVENANCE, BENCHMARKS, "runs",
-    "spectral_log", "checkpoint-*",
-    PARTIAL, "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "additional_chat_templates", "training_args.bin", STATE, _DISCARDED,
+    "spectral_log", "checkpoint-*", PARTIAL, "config.json", "generation_config.json", "model.safetensors",
+    "model-*-of-*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "additional_chat_templates", "training_args.bin", STATE, _DISCARDED,
 )  # fmt: skip
 
 
