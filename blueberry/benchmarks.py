@@ -102,10 +102,15 @@ def digest(weights: Iterable[Path]) -> str:
 
 
 def merged(earlier: Record | None, record: Record) -> Record:
-    """`record` with the tasks of an earlier one of the same weights."""
+    """`record` with the tasks of an earlier one of the same weights.
+
+    A result on all questions is not replaced by one on some.
+    """
     if earlier is None or earlier["weights"] != record["weights"]:
         return record
-    return record | {"tasks": earlier["tasks"] | record["tasks"]}
+    whole = {name for name, found in earlier["tasks"].items() if found["limit"] is None}
+    tasks = {name: found for name, found in record["tasks"].items() if found["limit"] is None or name not in whole}
+    return record | {"tasks": earlier["tasks"] | tasks}
 
 
 def read_record(path: Path, weights: str | None = None) -> Record | None:

@@ -1,6 +1,7 @@
 """What a figure must be quoted with: the code, the libraries and the processor that made it."""
 
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,29 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Commit of the checkout (empty for an installed package), version of torch, device, threads."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=folder)
+    """Commit of the code (empty for an installed package), version of torch, device, threads."""
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit(Path(__file__).parent),
         "torch": torch.__version__,
         "device": device_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def commit(folder: Path) -> str:
+    """That of the checkout which `folder` belongs to, with `-dirty` behind it if Python files differ from it.
+
+    Empty where there is no git, and for a package that is installed inside the checkout of something else.
+    """
+    if shutil.which("git") is None or not _git(folder, "ls-files"):
+        return ""
+    changed = _git(folder, "status", "--porcelain", "--", ":/*.py")
+    return _git(folder, "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints, or nothing where it refuses."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder).stdout.strip()
 
 
 def device_name() -> str:

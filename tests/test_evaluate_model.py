@@ -84,6 +84,7 @@ def test_a_local_task_scores_what_the_models_log_likelihoods_say(run, tasks, scr
 def test_the_card_shows_results_on_all_questions_of_these_weights_only(run, tasks, script):
     script("evaluate_model.py", "--model", run, "--tasks", tasks["words"])
     assert "| words | 0 | acc | " in card_of([Run.read(run)], "ann/moe", "apache-2.0")
+    (run / FILE).unlink()
     script("evaluate_model.py", "--model", run, "--tasks", tasks["words"], "--limit", 2)
     record = record_at(run)  # a group of tasks has no questions of its own to count
     record["tasks"]["words"] |= {"questions": None, "of": None}
@@ -108,10 +109,15 @@ def test_a_benchmark_of_the_hub_gets_an_entry_in_eval_results(run, tasks, script
 
 
 def test_results_of_other_tasks_stay_unless_the_weights_changed():
-    first, second = ({"weights": "a", "tasks": {name: {}}} for name in ("one", "two"))
+    first, second = ({"weights": "a", "tasks": {name: {"limit": None}}} for name in ("one", "two"))
     assert set(merged(first, second)["tasks"]) == {"one", "two"}
     assert set(merged(first | {"weights": "b"}, second)["tasks"]) == {"two"}
     assert merged(None, second) == second
+
+
+def test_a_look_at_some_questions_does_not_replace_the_result_on_all():
+    whole, part = ({"weights": "a", "tasks": {"one": {"limit": limit}}} for limit in (None, 2))
+    assert merged(whole, part) == merged(part, whole) == whole
 
 
 def test_benchmarks_of_the_originals_are_known_by_name():
