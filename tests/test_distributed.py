@@ -9,7 +9,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from blueberry.optim import HypersphereMuon, Muon, StiefelMuon
 from blueberry.optim.splits import Layout
@@ -27,6 +30,10 @@ HOLDINGS = {
     "sharded twice": ((1, 2), (Shard(0), Shard(1))),
 }
 FP32 = {"ns_dtype": torch.float32}
+OF_FOUR = {  # meshes of which no dimension is 1
+    "HSDP": ((2, 2), (Replicate(), Shard(0))),
+    "FSDP2 and rows of a tensor-parallel plan": ((2, 2), (Shard(0), Shard(1))),
+}
 OPTIMIZERS = {
     "muon": (Muon, FP32 | {"weight_decay": 0.1}),
     "muon in small buckets": (Muon, FP32 | {"bucket_bytes": 600}),
@@ -87,8 +94,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def work(rank: int, folder: Path) -> dict[Any, Any]:
+    return steps_of(HOLDINGS)
+
+
+def work_of_four(rank: int, folder: Path) -> dict[Any, Any]:
+    return steps_of(OF_FOUR) | {"columns": columns_of_both()}
+
+
+def steps_of(holdings: dict[str, Any]) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
-    for name, held in HOLDINGS.items():
+    for name, held in holdings.items():
         spread, replicas = (lambda tensor: tensor.clone()), dist.group.WORLD
         if held is not None:
             mesh, placements = init_device_mesh("cpu", held[0]), held[1]
@@ -100,6 +115,39 @@ def work(rank: int, folder: Path) -> dict[Any, Any]:
     return results
 
 
+def columns_of_both() -> list[Tensor]:
+    """A matrix whose rows both FSDP2 and a tensor-parallel plan cut, so that a rank holds some from here and there."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    module = torch.nn.Sequential(linear())
+    parallelize_module(module, mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(module, mesh=mesh["data"])
+    placements = module[0].weight.placements
+    assert isinstance(placements[0], _StridedShard), placements
+    return two_steps(module[0].weight)
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(12, 18, bias=False)
+
+
+def two_steps(weight: nn.Parameter) -> list[Tensor]:
+    """The weight and its momentum after two steps of Muon, whole."""
+    optimizer = Muon([weight], lr=0.1, **FP32)
+    for step in range(2):
+        gradient = torch.randn(18, 12, generator=torch.Generator().manual_seed(step))
+        if isinstance(weight, DTensor):
+            gradient = distribute_tensor(gradient, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.grad = gradient
+        optimizer.step()
+    return [whole(weight), whole(optimizer.state[weight]["momentum_buffer"])]
+
+
+@pytest.fixture(scope="module")
+def results_of_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run_ranks(work_of_four, 4, tmp_path_factory.mktemp("four"))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return run_ranks(work, RANKS, tmp_path_factory.mktemp("ranks"))
@@ -108,6 +156,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("held", HOLDINGS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ranks_step_as_one_process(results, held, name):
+    assert_as_one_process(results, held, name)
+
+
+@pytest.mark.parametrize("held", OF_FOUR)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_four_ranks_on_a_mesh_of_two_dimensions_step_as_one_process(results_of_four, held, name):
+    assert_as_one_process(results_of_four, held, name)
+
+
+def test_rows_that_two_engines_cut_in_turn_are_put_together_in_order(results_of_four):
+    for of_rank in results_of_four:
+        for ours, theirs in zip(two_steps(linear().weight), of_rank["columns"], strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+
+
+def assert_as_one_process(results: list[dict], held: str, name: str) -> None:
     """Weights of norm about 1 within 1e-6 of the largest entry, and so state."""
     kind, settings = OPTIMIZERS[name]
     alone = stepped(kind, settings, lambda tensor: tensor.clone())
