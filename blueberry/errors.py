@@ -1,9 +1,13 @@
 """The error that a user can mend, and how scripts show it."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota used up, file too large
 
 
 class UsageError(ValueError):
@@ -21,7 +25,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UsageError becomes one line on stderr and exit code 2, Ctrl-C one line and 130.
+    """Run a script's `main`; a UsageError or a full disk becomes one line on stderr and exit code 2, Ctrl-C one line
+    and 130.
 
     A KeyboardInterrupt may carry what to tell the user.
     """
@@ -33,4 +38,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        print(f"error: {error.filename or 'a file'} could not be written: {error.strerror}; make room and run the "
+              "command again", file=sys.stderr)  # fmt: skip
         sys.exit(2)

@@ -52,8 +52,6 @@ MODEL = {
     "attention_dropout": 0.1,
 }
 PRELOADED = ["blueberry", "blueberry.training.data", "trainer_callbacks", "evaluate", "datasets"]
-# Tags of the last evaluation and of the summary of training, which repeats the epoch and the tokens of the last log.
-AFTER_TRAINING = ("eval/", "train/train_", "train/total_flos", "train/epoch", "train/num_input_tokens_seen")
 TIMEOUT = 600  # seconds a life may take at most
 
 
@@ -281,15 +279,10 @@ def spectra(run: Path) -> pd.DataFrame:
 
 
 def board_steps(run: Path) -> dict[str, list[int]]:
-    """Tag -> steps in TensorBoard. A run that was killed after its last step may have what follows training twice."""
+    """Tag -> steps in TensorBoard."""
     board = EventAccumulator(str(run / "runs"), size_guidance={"scalars": 0})
     board.Reload()
-    steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    return {tag: once_at_end(some) if tag.startswith(AFTER_TRAINING) else some for tag, some in steps.items()}
-
-
-def once_at_end(steps: list[int]) -> list[int]:
-    return [step for step in steps if step < steps[-1]] + steps[-1:]
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
 
 LOOKS = {

@@ -280,6 +280,7 @@ def finish(trainer, data, settings) -> None:
     """Evaluate, save, and say where things are."""
     from transformers.integrations.integration_utils import rewrite_logs
 
+    from blueberry.training.checkpoints import writing
     from blueberry.training.provenance import provenance
     from blueberry.training.replacing import EVAL_RESULTS, PROVENANCE
     from blueberry.training.run_folder import write_json
@@ -287,7 +288,8 @@ def finish(trainer, data, settings) -> None:
     from trainer_callbacks import SpectralMetricsCallback, TensorBoardCallback
 
     metrics = final_metrics(trainer) | {"eval_unigram_loss": data.unigram_loss}
-    trainer.save_model()
+    with writing(Path(trainer.args.output_dir)):
+        trainer.save_model()
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)

@@ -169,6 +169,34 @@ def test_a_run_that_finds_the_disk_full_can_be_resumed(finished, arguments, scri
     assert_same_weights(run, finished)
 
 
+@pytest.mark.parametrize("when", ["_save_checkpoint", "save_model"])
+def test_a_disk_that_fills_up_after_a_checkpoint_is_one_line_and_costs_nothing(
+    when, finished, arguments, script, tmp_path, capsys, small_files
+):
+    """Logs, audit and model: whatever is written next, by training or when it is over."""
+    run, original = tmp_path / "run", getattr(BlueberryTrainer, when)
+
+    def before_the_disk_is_full(trainer: BlueberryTrainer, *given: object, **named: object) -> None:
+        if when == "save_model":
+            small_files(resource.RLIM_INFINITY if "_internal_call" in named else 10_000)
+        original(trainer, *given, **named)
+        if when == "_save_checkpoint":
+            small_files(1)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(BlueberryTrainer, when, before_the_disk_is_full)
+        script("train_llm.py", *arguments, *TRACKED, "--output_dir", run)
+    small_files(resource.RLIM_INFINITY)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and "could not be written: " in error
+    assert "; make room and " in error
+    newest = checkpoints_of(run)[0]
+    assert flaw(newest) is None and newest.name == ("checkpoint-32" if when == "save_model" else "checkpoint-16")
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    assert_same_weights(run, finished)
+    assert rows_of(run).equals(rows_of(finished))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_the_run_in_order(number, finished, arguments, script, tmp_path, monkeypatch, capsys):
     """In step 21, between two checkpoints and two logs; what is resumed equals what was never stopped."""

@@ -13,18 +13,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM, BlueberryTrainer, BlueberryTrainingArguments
+from blueberry.errors import UsageError
 from blueberry.optim import muon
 from blueberry.training.checkpoints import flaw
 
 STEPS, WINDOWS = 6, 8
+SHARDS, WHOLE = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 SIZES = {"vocab_size": 41, "hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16,
          "num_experts": 3}  # fmt: skip
 IDS = torch.randint(0, 40, (STEPS * WINDOWS, 24), generator=torch.Generator().manual_seed(1))
 DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
-def trainer(folder: Path, ranks: int, sharded: bool = False, **settings: Any) -> BlueberryTrainer:
-    """Of a small mixture of experts with tied embeddings; steps of eight windows whatever the number of ranks."""
+def trainer(folder: Path, ranks: int, sharded: str = "", **settings: Any) -> BlueberryTrainer:
+    """`sharded`: under FSDP2, with checkpoints of that kind. Of a small mixture of experts with tied embeddings; steps of eight windows whatever the number of ranks."""
     torch.manual_seed(0)
     model = BlueberryForCausalLM(BlueberryConfig.from_preset("tiny", **SIZES))
     accumulation = settings.pop("gradient_accumulation_steps", 1)
@@ -34,11 +36,11 @@ def trainer(folder: Path, ranks: int, sharded: bool = False, **settings: Any) ->
         eval_strategy="no", logging_steps=1, ddp_backend="gloo" if ranks > 1 else None, **settings)  # fmt: skip
     made = BlueberryTrainer(model, args, train_dataset=DATA)
     if sharded:
-        use_fsdp2(made)
+        use_fsdp2(made, sharded)
     return made
 
 
-def use_fsdp2(trainer: BlueberryTrainer, kind: str = "SHARDED_STATE_DICT") -> None:
+def use_fsdp2(trainer: BlueberryTrainer, kind: str) -> None:
     """What accelerate does for GPUs; on CPUs it leaves FSDP out."""
     state = trainer.accelerator.state
     plugin = FullyShardedDataParallelPlugin(
@@ -80,24 +82,36 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         "ddp, redundant": trained(trainer(folder / "redundant", 2, share_optimizer_work=False)),
         "ddp, manifold": trained(trainer(folder / "ddp-manifold", 2, optimizer="manifold")),
         "ddp in bf16": trained(trainer(folder / "ddp-bf16", 2, bf16=True)),
-        "fsdp2": trained(trainer(folder / "fsdp2", 2, sharded=True)),
-        "fsdp2, manifold": trained(trainer(folder / "fsdp2-manifold", 2, sharded=True, optimizer="manifold")),
+        "fsdp2": trained(trainer(folder / "fsdp2", 2, sharded=SHARDS)),
+        "fsdp2, whole checkpoints": trained(trainer(folder / "fsdp2-whole", 2, sharded=WHOLE)),
+        "fsdp2, manifold": trained(trainer(folder / "fsdp2-manifold", 2, sharded=SHARDS, optimizer="manifold")),
     }
     for name in ("fsdp2", "fsdp2-manifold"):
         optimizer = "manifold" if "manifold" in name else "muon"
-        again = trainer(folder / f"{name}-again", 2, sharded=True, optimizer=optimizer)
+        again = trainer(folder / f"{name}-again", 2, sharded=SHARDS, optimizer=optimizer)
         results[f"{name}, resumed"] = trained(again, folder / name / "checkpoint-3")
     return results
 
 
 def work_of_four(rank: int, folder: Path) -> dict[str, Any]:
-    """What two ranks began, gone on with by four."""
+    """What two ranks began, gone on with by four; and four that are two nodes."""
     in_float32()
-    found = {}
+    found = {"ddp": trained(trainer(folder / "ddp-four", 4), folder / "ddp" / "checkpoint-3")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        found["ddp, two nodes"] = trained(trainer(folder / "nodes", 4))
     for name, optimizer in (("fsdp2", "muon"), ("fsdp2-manifold", "manifold")):
-        more = trainer(folder / f"{name}-four", 4, sharded=True, optimizer=optimizer)
+        more = trainer(folder / f"{name}-four", 4, sharded=SHARDS, optimizer=optimizer)
         found[name] = trained(more, folder / name / "checkpoint-3")
     return found
+
+
+def work_of_one(rank: int, folder: Path) -> dict[str, Any]:
+    """What two ranks began, gone on with by one, under the same engine."""
+    in_float32()
+    kinds = {"ddp": "", "fsdp2": SHARDS, "fsdp2-whole": WHOLE}
+    return {name: trained(trainer(folder / f"{name}-one", 1, sharded=kind), folder / name / "checkpoint-3")
+            for name, kind in kinds.items()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +144,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) 
 
 
 KINDS = {
-    "ddp": 2e-6, "ddp, accumulated": 2e-6, "ddp, redundant": 2e-6, "fsdp2": 2e-6,
+    "ddp": 2e-6, "ddp, accumulated": 2e-6, "ddp, redundant": 2e-6, "fsdp2": 2e-6, "fsdp2, whole checkpoints": 2e-6,
     # the Stiefel solver divides by small singular values, which makes more of the rounding of sums
     "ddp, manifold": 2e-5, "fsdp2, manifold": 2e-5,
     # products of half precision round at 4e-3, and so do gradients; six steps of 0.02 move weights by up to 0.12
@@ -154,9 +168,30 @@ def test_a_sharded_checkpoint_resumes_bit_for_bit_on_as_many_ranks(results, name
     assert all(map(torch.equal, resumed["momenta"], whole["momenta"]))
 
 
-def test_a_sharded_checkpoint_resumes_on_twice_the_ranks(results, folder):
-    for name, ours in run_ranks(work_of_four, 4, folder)[0].items():
-        assert_same(ours, results[name.replace("-", ", ")], 2e-5)
+@pytest.fixture(scope="module")
+def of_four(results, folder) -> dict[str, Any]:
+    return run_ranks(work_of_four, 4, folder)[0]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-manifold"])
+def test_a_checkpoint_resumes_on_twice_the_ranks(results, of_four, name):
+    assert_same(of_four[name], results[name.replace("-", ", ")], 2e-5)
+
+
+def test_a_checkpoint_resumes_on_half_the_ranks(results, folder):
+    found = run_ranks(work_of_one, 1, folder)[0]
+    assert found.keys() == {"ddp", "fsdp2", "fsdp2-whole"}
+    for name, ours in found.items():
+        assert_same(ours, results[name.replace("-whole", ", whole checkpoints")], 2e-5)
+
+
+def test_a_checkpoint_of_fsdp_is_refused_without_it_in_one_line(results, folder, tmp_path):
+    with pytest.raises(UsageError, match=r"checkpoint-3 does not fit .* only supported when using PyTorch FSDP"):
+        trained(trainer(tmp_path, 1), folder / "fsdp2" / "checkpoint-3")
+
+
+def test_each_node_shares_the_optimizers_work_among_its_own_ranks(of_four, alone):
+    assert_same(of_four["ddp, two nodes"], alone["muon"], 2e-6)
 
 
 def test_sharded_checkpoints_are_verified_to_the_last_shard(results, folder):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import RUN
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blueberry import BlueberryTrainer
 from blueberry.training.checkpoints import flaw
@@ -58,6 +59,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 def rows_of(run: Path) -> pd.DataFrame:
     keys = ["step", "parameter", "expert"]
     return pd.read_parquet(run / "spectral_log").sort_values(keys).reset_index(drop=True)
+
+
+def board_steps(run: Path) -> dict[str, list[int]]:
+    """Tag -> steps in TensorBoard."""
+    board = EventAccumulator(str(run / "runs"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:
@@ -116,6 +124,7 @@ def test_a_run_stopped_between_its_last_step_and_its_results_gets_them_without_a
     assert_same_weights(run, finished)
     ours, theirs = (json.loads((folder / "eval_results.json").read_text()) for folder in (run, finished))
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
+    assert board_steps(run) == board_steps(finished)
 
 
 BREAKAGES = {

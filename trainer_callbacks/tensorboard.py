@@ -24,13 +24,21 @@ class RunWriter(SummaryWriter):
     A full disk costs TensorBoard, not the training run: `failure` then says what happened, and writing has ended.
 
     step: the step that training continues from; 0 starts over and hides everything.
+    is_over: nothing is left to train: what an earlier process logged after its last step is not logged again.
     """
 
-    def __init__(self, folder: str | os.PathLike, step: int):
+    def __init__(self, folder: str | os.PathLike, step: int, is_over: bool = False):
+        self._known = scalars_at(folder, step) if is_over else frozenset()
+        self._last_step = step
         super().__init__(str(folder), purge_step=step + 1 if step else 0)
         self._events = _SurvivingEvents(self.file_writer.event_writer)
         self.file_writer.event_writer = self._events
         self._charts: Charts = {}
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, *more: Any, **named: Any) -> None:
+        """SummaryWriter's, once for each tag and step."""
+        if global_step != self._last_step or tag not in self._known:
+            super().add_scalar(tag, scalar_value, global_step, *more, **named)
 
     def add_charts(self, charts: Charts) -> None:
         """Add categories to the custom scalars tab; it keeps those of other callbacks."""
@@ -41,6 +49,16 @@ class RunWriter(SummaryWriter):
     def failure(self) -> str | None:
         """Why it stopped writing, if it did."""
         return self._events.failure
+
+
+def scalars_at(folder: str | os.PathLike, step: int) -> frozenset[str]:
+    """The tags that a log has a value of at `step`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    board.Reload()
+    found = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"]}
+    return frozenset(tag for tag, events in found.items() if any(event.step == step for event in events))
 
 
 def first_middle_last(layers: Iterable[int]) -> list[int]:
@@ -115,7 +133,8 @@ class TensorBoardCallback(HFTensorBoardCallback):
         """The writer of this run, opened when first asked for (rank 0 only)."""
         if self.tb_writer is None:
             self.logging_dir = self.logging_dir or os.path.join(args.output_dir, FOLDER)
-            self.tb_writer = RunWriter(self.logging_dir, state.global_step)
+            is_over = 0 < state.max_steps <= state.global_step
+            self.tb_writer = RunWriter(self.logging_dir, state.global_step, is_over)
         return self.tb_writer
 
     def add_hparams(self, settings: Mapping[str, Any], metrics: Iterable[str]) -> None:

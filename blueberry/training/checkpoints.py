@@ -66,6 +66,19 @@ def new_checkpoint(checkpoint: Path, is_first: bool) -> Iterator[Path]:
             _delete_partial(checkpoint.parent)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What a finished run leaves: where `folder` cannot hold it, a UsageError that says how to get it later."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not (reason := _reason(error)):
+            raise
+        raise UsageError(
+            f"{folder}: the model could not be written: {reason}; make room and go on with --resume_from_checkpoint"
+        ) from error
+
+
 def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
     """Keep `limit` checkpoints: `newest`, which was just written, the best one, and those of the last steps.
 
