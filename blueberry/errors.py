@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota used up, file too large
 
 

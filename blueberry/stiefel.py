@@ -79,8 +79,10 @@ def steepest_tangent_step(
         tolerance: a matrix is done when its `residual` is below. 0.1 leaves 1% of the objective, 0.05
             half of that.
     """
-    check_solver(solver, dual_steps, dual_lr)
-    norm = torch.linalg.matrix_norm(gradient, keepdim=True)  # (batch, 1, 1)
+    check_solver(solver, dual_steps, dual_lr, tolerance)
+    largest = gradient.abs().amax(dim=(-2, -1), keepdim=True)  # (batch, 1, 1); first, as squares may overflow
+    gradient = gradient / torch.where(largest > 0, largest, 1.0)
+    norm = torch.linalg.matrix_norm(gradient, keepdim=True)
     gradient = gradient / torch.where(norm > 0, norm, 1.0)
     problem = _problem(point, gradient)
     steps = 1 if problem.is_square or solver == "projected" else dual_steps
@@ -90,14 +92,16 @@ def steepest_tangent_step(
     return TangentStep(direction, dual, residual, iterations)
 
 
-def check_solver(solver: str, dual_steps: int, dual_lr: float) -> None:
+def check_solver(solver: str, dual_steps: int, dual_lr: float, tolerance: float) -> None:
     """Raise UsageError for values that cannot work."""
     if solver not in SOLVERS:
         raise UsageError(f"solver={solver!r} is unknown: use one of {', '.join(SOLVERS)}")
-    if dual_steps < 1:
-        raise UsageError(f"dual_steps={dual_steps} solves nothing: at least 1; balanced is 10")
+    if not isinstance(dual_steps, int) or dual_steps < 1:
+        raise UsageError(f"dual_steps={dual_steps} is no number of iterations: 1 or more, balanced is 10")
     if not 0 < dual_lr <= 1:
         raise UsageError(f"dual_lr={dual_lr} is outside (0, 1]: 0.05 to 0.2 converge, it is relative to the gradient")
+    if not tolerance >= 0:
+        raise UsageError(f"tangency_tolerance={tolerance} is below 0: 0.05 is typical, 0 takes all dual_steps")
 
 
 class _Problem(NamedTuple):

@@ -12,7 +12,10 @@ LAUNCHES = {
     "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: .*FSDP2"),
     "FSDP1": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version 1: FSDP1 flattens .*; set it to 2"),
     "FSDP of no version": ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1: FSDP1 flattens"),
-    "FSDP2 on CPUs": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "is not on: .*use scripts/.*multi_cpu.yaml"),
+    "FSDP2 on CPUs": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        "is not on: .*use scripts/.*multi_cpu.yaml",
+    ),
     "ranks apart": ({"WORLD_SIZE": "2"}, "2 processes were launched but 1 is running"),
 }
 

@@ -26,7 +26,10 @@ DATA = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
 def trainer(folder: Path, ranks: int, sharded: str = "", **settings: Any) -> BlueberryTrainer:
-    """`sharded`: under FSDP2, with checkpoints of that kind. Of a small mixture of experts with tied embeddings; steps of eight windows whatever the number of ranks."""
+    """Of a small mixture of experts with tied embeddings; steps of eight windows whatever the number of ranks.
+
+    `sharded`: under FSDP2, with checkpoints of that kind.
+    """
     torch.manual_seed(0)
     model = BlueberryForCausalLM(BlueberryConfig.from_preset("tiny", **SIZES))
     accumulation = settings.pop("gradient_accumulation_steps", 1)

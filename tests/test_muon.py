@@ -115,10 +115,10 @@ def test_a_parameter_without_gradient_is_left_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -0.1}, "lr=-0.1 is negative"),
+        ({"lr": -0.1}, "lr=-0.1 is no step size"),
         ({"momentum": 1.0}, r"momentum=1.0 is outside \[0, 1\)"),
         ({"ns_steps": 21}, r"ns_steps=21 is outside 1\.\.20"),
-        ({"weight_decay": -1}, "weight_decay=-1 is negative"),
+        ({"weight_decay": -1}, "weight_decay=-1 is no share"),
         ({"scale_mode": "rms"}, "scale_mode='rms' is unknown: use one of shape"),
         ({"coefficients": "best"}, "coefficients='best' is unknown"),
     ],

@@ -35,10 +35,10 @@ class RunWriter(SummaryWriter):
         self.file_writer.event_writer = self._events
         self._charts: Charts = {}
 
-    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, *more: Any, **named: Any) -> None:
+    def add_scalar(self, tag: str, value: float, global_step: int | None = None, *more: Any) -> None:
         """SummaryWriter's, once for each tag and step."""
         if global_step != self._last_step or tag not in self._known:
-            super().add_scalar(tag, scalar_value, global_step, *more, **named)
+            super().add_scalar(tag, value, global_step, *more)
 
     def add_charts(self, charts: Charts) -> None:
         """Add categories to the custom scalars tab; it keeps those of other callbacks."""

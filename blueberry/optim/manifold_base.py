@@ -135,8 +135,8 @@ class ManifoldOptimizer(Optimizer):
             self._was_checked = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if group["lr"] < 0:
-            raise UsageError(f"lr={group['lr']} is negative: typical are 0.01 to 0.1")
+        if not 0 <= group["lr"] < float("inf"):
+            raise UsageError(f"lr={group['lr']} is no step size: at least 0, typical are 0.01 to 0.1")
         if not 0 <= group["momentum"] < 1:
             raise UsageError(f"momentum={group['momentum']} is outside [0, 1): 0.95 is typical, 0 switches it off")
         if group.get("weight_decay"):

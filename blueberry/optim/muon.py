@@ -336,14 +336,14 @@ def _apply(weight: Tensor, update: Tensor, group: dict[str, Any], scale: float) 
 
 def _check_group(group: dict[str, Any]) -> None:
     """Refuse what cannot work, naming parameter, value and remedy."""
-    if group["lr"] < 0:
-        raise UsageError(f"lr={group['lr']} is negative: Muon's learning rate is typically 0.01 to 0.05")
+    if not 0 <= group["lr"] < float("inf"):
+        raise UsageError(f"lr={group['lr']} is no step size: at least 0, Muon's is typically 0.01 to 0.05")
     if not 0 <= group["momentum"] < 1:
         raise UsageError(
             f"momentum={group['momentum']} is outside [0, 1): Muon's is typically 0.95, 0 switches it off"
         )
-    if group["weight_decay"] < 0:
-        raise UsageError(f"weight_decay={group['weight_decay']} is negative: use 0 for none")
+    if not 0 <= group["weight_decay"] < float("inf"):
+        raise UsageError(f"weight_decay={group['weight_decay']} is no share: at least 0, which is none")
     if not 0 <= group["neuron_beta"] < 1:
         raise UsageError(f"neuron_beta={group['neuron_beta']} is outside [0, 1): NorMuon's is 0.95, 0 switches it off")
     if group["scale_mode"] not in SCALE_MODES:

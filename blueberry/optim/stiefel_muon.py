@@ -103,7 +103,7 @@ class StiefelMuon(ManifoldOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_radius(group["radius"])
-        check_solver(group["solver"], group["dual_steps"], group["dual_lr"])
+        check_solver(group["solver"], group["dual_steps"], group["dual_lr"], group["tangency_tolerance"])
 
     def _settle(self, name: str, parameter: Tensor, group: dict[str, Any], when: str = "") -> None:
         errors = lambda weight: stiefel_errors(weight, group["radius"], group["layout"])
