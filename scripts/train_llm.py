@@ -71,7 +71,9 @@ def main() -> None:
         mend_run_folder,
         no_empty_folder_left,
     )
+    from blueberry.training.stopping import stop_with_launcher
 
+    stop_with_launcher()
     model_args, data_args, tracking_args, args = BlueberryArgumentParser(argument_groups()).parse()
     set_up_cpu(args)
     check_arguments(data_args, tracking_args, args)

@@ -1,6 +1,9 @@
 """Signals that ask a run to end: a scheduler sends them before it takes the machine away."""
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -8,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate launch and torchrun set
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class Stopped(Exception):
@@ -15,6 +20,15 @@ class Stopped(Exception):
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+def stop_with_launcher() -> None:
+    """On Linux, SIGTERM for this process when the launcher that started it is gone.
+
+    `accelerate launch` passes no signal on: the one that ends it would leave this process training by itself.
+    """
+    if sys.platform == "linux" and any(name in os.environ for name in _LAUNCHERS):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignals:
