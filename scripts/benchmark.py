@@ -5,6 +5,7 @@ python scripts/benchmark.py model [--part training|...]
 python scripts/benchmark.py spectral [--preset blueberry-88m] [--part log|weightwatcher|overhead]
 python scripts/benchmark.py manifold [--part objective|reference|share]
 python scripts/benchmark.py distributed [--set dense|moe]
+python scripts/benchmark.py checkpoints [--preset blueberry-88m]
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from blueberry.errors import OneLineParser, UsageError, run_script
 
 # Each a module of scripts/benchmarks with `add_arguments` and `run`.
-BENCHMARKS = ("optimizer", "model", "spectral", "manifold", "distributed")
+BENCHMARKS = ("optimizer", "model", "spectral", "manifold", "distributed", "checkpoints")
 
 
 def main() -> None:

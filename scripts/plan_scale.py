@@ -2,8 +2,8 @@
 
     python scripts/plan_scale.py --preset blueberry-88m --world_size 8 64 1024 --gpus_per_node 8 --bandwidth 50
 
-Bytes of the optimizer and its operations are those of the plan that it follows; times are these over the rates given,
-one after the other: what overlaps takes less.
+Sequences are as long as the model takes. Times are operations and bytes over the rates given, one after the other:
+what overlaps takes less.
 """
 
 from argparse import Namespace
@@ -18,16 +18,17 @@ HEADER = ("engine", "ranks", "optimizer GFLOP", "optimizer MB sent", "weights an
 
 def main() -> None:
     from blueberry import BlueberryConfig, BlueberryForCausalLM
-    from blueberry.training.scale import ENGINES, plan
+    from blueberry.training.scale import ENGINES, model_flops, plan
 
     arguments = parse_arguments()
     with torch.device("meta"):
         model = BlueberryForCausalLM(BlueberryConfig.from_preset(arguments.preset))
     print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    flops = model_flops(model, arguments.tokens, model.config.max_position_embeddings)
     for engine in ENGINES:
         for ranks in arguments.world_size:
             planned = plan(model, engine, ranks, sharing=arguments.gpus_per_node)
-            print(row(engine, ranks, planned, forward_backward_flops(model, arguments), arguments))
+            print(row(engine, ranks, planned, flops, arguments))
 
 
 def parse_arguments() -> Namespace:
@@ -48,16 +49,6 @@ def parse_arguments() -> Namespace:
     if min(arguments.world_size) < 1:
         raise UsageError(f"--world_size {min(arguments.world_size)}: at least 1")
     return arguments
-
-
-def forward_backward_flops(model, arguments: Namespace) -> float:
-    """Six operations per token and active weight of a matrix product; attention's own products left out."""
-    config, total = model.config, 0.0
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            is_expert = parameter.ndim == 3
-            total += parameter.numel() * (config.num_experts_per_tok / len(parameter) if is_expert else 1)
-    return 6 * arguments.tokens * total
 
 
 def row(engine: str, ranks: int, planned, flops: float, arguments: Namespace) -> str:

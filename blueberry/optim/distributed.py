@@ -85,7 +85,7 @@ class Replicas:
         sent = torch.zeros(share, dtype=example.dtype, device=example.device)
         _pack(_flat(results), sent)
         received = sent.new_empty(len(tasks) * share)
-        dist.all_gather_into_tensor(received, sent, group=self.group)
+        dist.all_gather_single(received, sent, group=self.group)
         for some, buffer, of_some in zip(tasks, received.split(share), shapes, strict=True):
             _store(some, _unpack(buffer, of_some), steps)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..optim.costs import newton_schulz_flops
 from ..optim.param_groups import Assignment, assign_parameters
@@ -19,9 +20,10 @@ Shape = tuple[int, ...]
 class Plan:
     """Of the rank that has most to do; bytes and operations of one optimizer step.
 
-    `optimizer_bytes` are sent for Newton-Schulz, `model_bytes` for weights and gradients by collectives that send
-    every element (ranks - 1) / ranks times: DDP's all-reduce (twice), FSDP2's two all-gathers and its reduce-scatter.
-    `memory` holds weights, gradients, optimizer state and the optimizer's buffers, but no activations.
+    `optimizer_bytes` are sent for Newton-Schulz, `model_bytes` for weights and gradients: DDP's all-reduce (every
+    element twice, (ranks - 1) / ranks times), FSDP2's two all-gathers and its reduce-scatter, padded to equal shards.
+    `memory` holds weights, gradients, optimizer state, and the larger of the optimizer's buffers and of the weights
+    that FSDP2 has gathered at a time: what is in no layer, a layer and the next. Activations are left out.
     """
 
     optimizer_flops: float
@@ -31,7 +33,7 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, engine: str, ranks: int, sharing: int | None = None, wire: torch.dtype = torch.bfloat16
+    model: PreTrainedModel, engine: str, ranks: int, sharing: int | None = None, wire: torch.dtype = torch.bfloat16
 ) -> Plan:
     """For Muon and AdamW as `build_optimizer` sets them up.
 
@@ -42,12 +44,43 @@ def plan(
     muon = [assignment for assignment in assignments if assignment.optimizer == "muon"]
     together = min(ranks, sharing or ranks) if engine == "ddp" else ranks
     flops, sent, buffers = matrices(muon, engine, together, wire)
-    elements = sum(assignment.parameter.numel() for assignment in assignments)
-    state = sum((1 if a.optimizer == "muon" else 2) * a.parameter.numel() for a in assignments)
-    share = 1 if engine == "ddp" else 1 / ranks
-    passes = 2 * 4 if engine == "ddp" else 2 * wire.itemsize + 4  # gradients are reduced in fp32
-    model_bytes = passes * elements * (ranks - 1) / ranks
-    return Plan(flops, sent, model_bytes, 4 * share * (2 * elements + state) + buffers)
+    shards = 1 if engine == "ddp" else ranks
+    held = [_largest_part(a.parameter, shards) for a in assignments]
+    state = sum((1 if a.optimizer == "muon" else 2) * part for a, part in zip(assignments, held, strict=True))
+    gathered = wire.itemsize * _gathered(model) if shards > 1 else 0
+    if engine == "ddp":
+        model_bytes = 2 * 4 * sum(held) * (ranks - 1) / ranks
+    else:
+        model_bytes = (2 * wire.itemsize + 4) * sum(held) * (ranks - 1)  # gradients are reduced in fp32
+    return Plan(flops, sent, model_bytes, 4 * (2 * sum(held) + state) + max(buffers, gathered))
+
+
+def model_flops(model: PreTrainedModel, tokens: int, length: int) -> float:
+    """Operations of forward and backward on `tokens` tokens in sequences of `length`: three products for each in the
+    forward pass, attention over whole sequences (what a causal kernel leaves out is counted too)."""
+    config = model.config.get_text_config()
+    lookups = set() if config.tie_word_embeddings else {model.get_input_embeddings().weight}
+    active = 0.0
+    for parameter in set(model.parameters()) - lookups:
+        if parameter.ndim == 3:
+            active += parameter.numel() * config.num_experts_per_tok / len(parameter)
+        elif parameter.ndim == 2:
+            active += parameter.numel()
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return 6 * tokens * (active + 2 * length * width)
+
+
+def _largest_part(parameter: Tensor, ranks: int) -> int:
+    """Elements that the first rank holds of a weight that is cut along its rows."""
+    return max(chunk_sizes(len(parameter), ranks)) * prod(parameter.shape[1:])
+
+
+def _gathered(model: PreTrainedModel) -> int:
+    """Elements: accelerate wraps each of the model's layers, and the rest as a whole; the next layer is fetched while
+    one is at work."""
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    return sum(parameter.numel() for parameter in model.parameters()) - sum(sizes) + 2 * max(sizes, default=0)
 
 
 def matrices(
