@@ -167,6 +167,18 @@ def test_norms_are_set_against_losses_of_steps_between_two_spectral_logs(run_scr
     assert _correlation(log, {"eval_steps": [3, 5, 8], "eval_losses": [6.0, 5.0, 4.0]}) == pytest.approx(-1)
 
 
+def test_a_map_keeps_all_of_its_colours_and_says_what_it_clips(tmp_path):
+    import numpy as np
+    from experiments import figures
+    from PIL import Image
+
+    losses = np.linspace(5, 6, 600).reshape(20, 30)
+    figure = figures.loss_heatmaps({"a": losses}, range(20), range(30), ("row", "column"))
+    assert figure.axes[-1].get_ylabel() == "validation loss, nats (arrow: above 5.90)"
+    saved = Image.open(figures.save(figure, tmp_path / "map.png", is_map=True))
+    assert len(saved.convert("RGB").getcolors(10**6)) > 256
+
+
 def test_figures_drawn_again_from_the_records_are_identical(results):
     from experiments.drawings import draw
 
