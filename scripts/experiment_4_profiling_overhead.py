@@ -171,7 +171,7 @@ def as_markdown(results: Record, plan: Plan) -> str:
     made = results["versions"]
     text = markdown(header, rows) + (
         f"\n{plan.scale.batch} x {plan.scale.length} tokens a step, n={results['rounds']}: medians; "
-        f"{made['device']}, {made['threads']} threads, torch {made['torch']}, commit {made['commit']}. "
+        f"{made['device']}, threads: {made['threads']}, torch {made['torch']}, commit {made['commit']}. "
         "The chrome traces that the results name lie in traces/ of the machine that made them: they are too large to "
         "be committed.\n"
     )

@@ -140,6 +140,27 @@ def test_a_missing_spectral_log_is_refused(copied):
         judged(copied)
 
 
+def test_a_spectral_log_that_ends_before_its_run_is_refused(copied):
+    from experiments.stored import read_baseline
+
+    from blueberry.spectral.log import SpectralLog
+
+    SpectralLog(one_record(copied).with_suffix("") / "spectral_log").truncate(after_step=434)
+    with pytest.raises(UsageError, match="ends before its run"):
+        _ = read_baseline(copied)["dense"].logs
+
+
+def test_the_claim_on_cost_needs_the_models_of_the_comparison(copied):
+    from experiments.claims import _overhead
+
+    def without_moe(results: dict) -> None:
+        results["rows"] = [row for row in results["rows"] if row["model"] != "moe"]
+
+    edit(results_of(copied, "experiment_4"), without_moe)
+    with pytest.raises(UsageError, match="experiment_4 misses Muon's times on moe"):
+        list(_overhead(copied))
+
+
 @pytest.mark.parametrize("arm", ["neither", "full"])
 def test_the_ablation_needs_all_of_its_arms(copied, arm):
     from experiments.claims import _ablation

@@ -313,6 +313,7 @@ def test_the_intervals_are_those_of_students_t():
     assert result["difference"] == 2 and result["n"] == 3 and result["interval"] == expected
     assert single([1.0, 2.0, 3.0])["interval"] == expected
     assert single([1.0, 1.0])["interval"] == [1.0, 1.0]
+    assert all(map(math.isnan, single([1.0])["interval"]))
 
 
 def test_the_interval_of_a_ratio_of_variances_covers_it_in_95_of_100_draws():
@@ -331,6 +332,7 @@ def test_tokens_to_a_loss_are_interpolated_between_evaluations():
     record = {"eval_losses": [5.0, 4.0, 3.0], "eval_steps": [10, 20, 30], "tokens": 3000, "run": {"steps": 30}}
     assert tokens_to(record, 3.5) == 2500 and tokens_to(record, 5.5) == 1000 and tokens_to(record, 3.0) == 3000
     assert tokens_to(record, 2.9) is None
+    assert math.isnan(tokens_to(record, math.nan))  # the other run diverged: this one did not fail
 
 
 def test_the_robust_range_ends_where_the_loss_is_one_percent_above_the_best():

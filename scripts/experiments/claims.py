@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from benchmarks.common import Record
 
+from blueberry.errors import UsageError
+
 from . import spectra
 from .intervals import FAILS, HOLDS, OPEN, mean, paired, single, variance_ratio, verdict_of
 from .measures import interaction, losses_of, tokens_to
@@ -214,6 +216,9 @@ def _sensitivity(folder: Path) -> Iterator[Finding]:
 
 def _overhead(folder: Path) -> Iterator[Finding]:
     result = read_results(folder, "experiment_4")
+    timed = {row["model"] for row in result["rows"] if row["arm"] == "muon, default"} if result else set()
+    if result and (missing := set(read_baseline(folder)) - timed):
+        raise UsageError(f"experiment_4 misses Muon's times on {missing.pop()}, which experiment_1 has: run it again")
     for row in result["rows"] if result else []:
         if row["arm"] == "muon, default":
             share = single(row["newton_schulz_of_steps"])

@@ -1,5 +1,6 @@
 """Statistics over seeds, and the verdict that an interval gives."""
 
+import math
 from collections.abc import Sequence
 
 from benchmarks.common import Record
@@ -32,7 +33,9 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Record:
 
 
 def single(values: Sequence[float]) -> Record:
-    """Mean of values over seeds with its 95% interval by Student's t."""
+    """Mean of values over seeds with its 95% interval by Student's t; NaN of one value, which says nothing of it."""
+    if len(values) == 1:
+        return {"mean": values[0], "interval": [math.nan, math.nan], "n": 1}
     if len(set(values)) == 1:
         return {"mean": values[0], "interval": [values[0], values[0]], "n": len(values)}
     interval = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)

@@ -1,5 +1,6 @@
 """Numbers of one record, and tables of several."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,12 @@ PROCESS_MEMORY = (
 
 
 def tokens_to(record: Record, loss: float) -> float | None:
-    """Tokens until a validation loss of at most `loss`, interpolated between evaluations; None if never reached."""
+    """Tokens until a validation loss of at most `loss`, interpolated between evaluations; None if never reached.
+
+    NaN, as of a run that diverged, is no goal: NaN.
+    """
+    if math.isnan(loss):
+        return math.nan
     losses, steps = record["eval_losses"], record["eval_steps"]
     reached = next((i for i, value in enumerate(losses) if value <= loss), None)
     if reached is None:
@@ -107,7 +113,7 @@ def made_with(records: Sequence[Record]) -> str:
     """Device, threads, torch and commits of runs."""
     made = {name: ", ".join(sorted({str(record["versions"][name]) for record in records}))
             for name in ("device", "threads", "torch", "commit")}  # fmt: skip
-    return f"{made['device']}, {made['threads']} threads a run, torch {made['torch']}, commit {made['commit']}"
+    return f"{made['device']}, threads a run: {made['threads']}, torch {made['torch']}, commit {made['commit']}"
 
 
 def edge_note(results: Record) -> str:

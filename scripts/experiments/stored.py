@@ -40,7 +40,7 @@ class Comparison:
 
     @cached_property
     def logs(self) -> dict[str, list[pd.DataFrame]]:
-        """Arm -> the spectral log of each seed. UsageError if one is missing."""
+        """Arm -> the spectral log of each seed. UsageError if one is missing or ends early."""
         return {arm: [self._log(record) for record in records] for arm, records in self.arms.items()}
 
     def check_threads(self) -> None:
@@ -51,7 +51,10 @@ class Comparison:
         log = spectral_log(record, self.runs)
         if not log.parts():
             raise UsageError(f"{self.experiment} misses the spectral log {log.path}: remove its record, run it again")
-        return log.read()
+        rows = log.read()
+        if rows.step.max() != record["run"]["steps"]:
+            raise UsageError(f"{self.experiment}: {log.path} ends before its run: remove the record, run it again")
+        return rows
 
 
 def commits(records: Iterable[Record]) -> str:
