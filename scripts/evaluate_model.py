@@ -33,7 +33,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    output = arguments.output or default_output(arguments.model)
     check(arguments)
+    read_record(output)  # before all the work: something else may be there
     import torch
 
     from blueberry.training.loading import load_model, load_tokenizer
@@ -48,7 +50,6 @@ def main() -> None:
     folder = Path(arguments.model)
     weights = digest(weights_of(folder)) if folder.is_dir() else model.config._commit_hash
     record |= {"model": folder.name if folder.is_dir() else arguments.model, "weights": weights}
-    output = arguments.output or default_output(arguments.model)
     write_json(output, merged(read_record(output), record))
     print(as_table(record))
     print(f"\n{output}")

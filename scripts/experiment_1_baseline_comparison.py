@@ -11,9 +11,10 @@ same command goes on where an interrupted one stopped. Tables and figures go to 
 from collections.abc import Mapping, Sequence
 
 from benchmarks.common import Record
+from experiments.arms import ARMS
 from experiments.drawings import draw
 from experiments.intervals import mean
-from experiments.measures import by_arm, markdown, outcome_rows, quoted, tokens_to
+from experiments.measures import PROCESS_MEMORY, by_arm, edge_note, markdown, outcome_rows, quoted, tokens_to
 from experiments.scales import Plan, parse_plan
 from experiments.stored import files_of
 from experiments.sweeps import grid, run_points, tuned_rates
@@ -22,7 +23,6 @@ from blueberry.errors import run_script
 from blueberry.training.run_folder import write_json
 
 NAME = "experiment_1"
-ARMS = {"adamw": 0.004, "muon": 0.02}  # where the search for the learning rate starts
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
 def compare(plan: Plan, model: str) -> tuple[dict[str, float], Record, dict[str, list[Record]]]:
     """The learning rate of each arm, the losses of those that were tried, and the records over seeds."""
-    short = {arm: plan.short(model, arm, lr) for arm, lr in ARMS.items()}
+    short = {arm: plan.short(model, arm, start.lr) for arm, start in ARMS[NAME].items()}
     rates, tried = tuned_rates(f"{NAME}-{model}-tuning", short, plan.laboratory)
     arms = {arm: plan.run(model, arm, lr) for arm, lr in rates.items()}
     points = grid(seed=plan.seeds, arm=list(arms))
@@ -67,10 +67,9 @@ def as_markdown(result: Record, arms: Mapping[str, Sequence[Record]]) -> str:
               for arm, some in result["share_of_tokens_to_the_other's_loss"].items()}  # fmt: skip
     rows.append(["share of its tokens to the other's final loss", shares["adamw"], shares["muon"], ""])
     rates = ", ".join(f"{arm} {lr:g}" for arm, lr in result["learning_rates"].items())
-    seeds = len(arms["muon"])
     return (
         markdown(["", "AdamW", "Muon", "Muon minus AdamW, 95%"], rows)
-        + f"\nLearning rates {rates}. {quoted(arms['muon'][0], seeds)}\n"
+        + f"\nLearning rates {rates}. {edge_note(result)}{PROCESS_MEMORY} {quoted(arms)}\n"
     )
 
 

@@ -12,9 +12,10 @@ where an interrupted one stopped. Results go to results/experiments/SCALE/experi
 from collections.abc import Mapping, Sequence
 
 from benchmarks.common import Record
+from experiments.arms import ARMS
 from experiments.drawings import draw
 from experiments.intervals import mean, paired
-from experiments.measures import by_arm, markdown, quoted, shown
+from experiments.measures import by_arm, edge_note, interaction, losses_of, markdown, quoted, shown
 from experiments.scales import Plan, parse_plan
 from experiments.stored import files_of
 from experiments.sweeps import grid, run_points, tuned_rates
@@ -23,14 +24,6 @@ from blueberry.errors import run_script
 from blueberry.training.run_folder import write_json
 
 NAME = "experiment_2"
-# Where the search for the learning rate starts, and what is switched off. Gradients are small: a step along them needs
-# a larger rate than one along an orthonormal matrix.
-ARMS = {
-    "full": (0.02, {}),
-    "no momentum": (0.02, {"momentum": 0.0}),
-    "no Newton-Schulz": (1.0, {"orthogonalize": False}),
-    "neither": (1.0, {"momentum": 0.0, "orthogonalize": False}),
-}
 
 
 def main() -> None:
@@ -38,7 +31,7 @@ def main() -> None:
     folder = plan.folder(NAME)
     model = next(iter(plan.scale.models))
     rates, tried, arms = ablate(plan, model)
-    losses = {arm: [record["eval_loss"] for record in records] for arm, records in arms.items()}
+    losses = losses_of(arms)
     results = {
         "model": model, "runs": files_of(arms), "learning_rates": rates, "tuning": tried,
         "losses": losses,
@@ -53,18 +46,11 @@ def main() -> None:
 
 def ablate(plan: Plan, model: str) -> tuple[dict[str, float], Record, dict[str, list[Record]]]:
     """The learning rate of each arm, the losses of those that were tried, and the records over seeds."""
-    short = {arm: plan.short(model, "muon", lr, **off) for arm, (lr, off) in ARMS.items()}
+    short = {arm: plan.short(model, own.optimizer, own.lr, **own.settings) for arm, own in ARMS[NAME].items()}
     rates, tried = tuned_rates(f"{NAME}-tuning", short, plan.laboratory)
-    arms = {arm: plan.run(model, "muon", rates[arm], **off) for arm, (_, off) in ARMS.items()}
+    arms = {arm: plan.run(model, own.optimizer, rates[arm], **own.settings) for arm, own in ARMS[NAME].items()}
     points = grid(seed=plan.seeds, arm=list(arms))
     return rates, tried, by_arm(run_points(NAME, arms, points, plan.laboratory), points)
-
-
-def interaction(losses: Mapping[str, Sequence[float]]) -> Record:
-    """(neither - no momentum) - (no Newton-Schulz - full) over seeds, with its interval."""
-    alone = [a - b for a, b in zip(losses["neither"], losses["no momentum"], strict=True)]
-    with_momentum = [a - b for a, b in zip(losses["no Newton-Schulz"], losses["full"], strict=True)]
-    return paired(alone, with_momentum)
 
 
 def as_markdown(results: Record, arms: Mapping[str, Sequence[Record]]) -> str:
@@ -72,7 +58,7 @@ def as_markdown(results: Record, arms: Mapping[str, Sequence[Record]]) -> str:
             for arm in arms]  # fmt: skip
     return (
         markdown(["arm", "learning rate", "validation loss", "minus full, 95%"], rows)
-        + f"\nInteraction {shown(results['interaction'])}. {quoted(arms['full'][0], len(arms['full']))}\n"
+        + f"\nInteraction {shown(results['interaction'])}. {edge_note(results)}{quoted(arms)}\n"
     )
 
 

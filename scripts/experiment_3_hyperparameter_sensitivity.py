@@ -11,15 +11,15 @@ results/experiments/SCALE/experiment_3.
 """
 
 import argparse
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from benchmarks.common import Record
 from experiments.drawings import draw
-from experiments.intervals import mean
 from experiments.measures import markdown, quoted
 from experiments.scales import TUNING_SEED, Plan, plan_of, plan_parser
-from experiments.sweeps import Point, grid, loss_of, run_points
+from experiments.sensitivity import Sensitivity
+from experiments.stored import files_of
+from experiments.sweeps import grid, run_points
 
 from blueberry.errors import run_script
 from blueberry.training.run_folder import write_json
@@ -32,7 +32,6 @@ GRIDS = {
     "adamw_rates": (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032),
 }
 COEFFICIENTS = ("keller_jordan", "polar_express", "robust")
-WITHIN = 0.01  # of the best loss
 
 
 def main() -> None:
@@ -40,32 +39,33 @@ def main() -> None:
     plan = plan_of(grids)
     folder = plan.folder(NAME)
     model = next(iter(plan.scale.models))
-    losses, records = full_grid(plan, model, grids)
-    sets = coefficient_sets(plan, model, grids.rates)
-    rates = {
+    found = Sensitivity({
+        "grid": full_grid(plan, model, grids),
+        "coefficients": coefficient_sets(plan, model, grids.rates),
         "muon": learning_rates(plan, model, "muon", grids.rates),
         "adamw": learning_rates(plan, model, "adamw", grids.adamw_rates),
-    }
-    ranges = {optimizer: [robust_range(dict(zip(map(float, tried), losses_of_seed, strict=True)))
-                          for losses_of_seed in zip(*tried.values(), strict=True)]
-              for optimizer, tried in rates.items()}  # fmt: skip
-    best = min(losses, key=losses.get)
-    results = {
-        "model": model,
-        "grid": [{**dict(zip(("lr", "momentum", "ns_steps"), key, strict=True)), "loss": loss}
-                 for key, loss in losses.items()],
-        "best": dict(zip(("lr", "momentum", "ns_steps"), best, strict=True)) | {"loss": losses[best]},
-        "coefficients": sets,
-        "learning_rates": rates,
-        "ranges_by_seed": ranges,
-        "commit": records[0]["versions"]["commit"],
-        "robustness": {optimizer: robust_range({float(lr): mean(some) for lr, some in tried.items()})
-                       for optimizer, tried in rates.items()},
-    }  # fmt: skip
+    })  # fmt: skip
+    results = summary(found)
     write_json(folder / f"{NAME}_results.json", results)
     draw(NAME, plan.laboratory.folder)
-    (folder / f"{NAME}.md").write_text(table := as_markdown(results, records[0], len(plan.seeds)))
+    (folder / f"{NAME}.md").write_text(table := as_markdown(results, found))
     print(f"\n{table}")
+
+
+def summary(found: Sensitivity) -> Record:
+    names = ("lr", "momentum", "ns_steps")
+    grid = [dict(zip(names, key, strict=True)) | {"loss": loss} for key, loss in found.grid.items()]
+    return {
+        "model": found.model,
+        "runs": files_of(found.records),
+        "grid": grid,
+        "best": min(grid, key=lambda cell: cell["loss"]),
+        "coefficients": found.coefficients,
+        "learning_rates": found.learning_rates,
+        "ranges_by_seed": {optimizer: found.ranges_by_seed(optimizer) for optimizer in found.learning_rates},
+        "robustness": {optimizer: found.robustness(optimizer) for optimizer in found.learning_rates},
+        "commit": found.commit,
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,62 +75,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def full_grid(plan: Plan, model: str, grids: argparse.Namespace) -> tuple[dict[tuple, float], list[Record]]:
-    """(lr, momentum, ns_steps) -> validation loss, and the records."""
+def full_grid(plan: Plan, model: str, grids: argparse.Namespace) -> list[Record]:
     arms = {"muon": plan.short(model, "muon", 0.02, coefficients="keller_jordan")}
     points = grid(arm=arms, lr=grids.rates, momentum=grids.momenta, ns_steps=grids.ns_steps)
-    records = run_points(f"{NAME}-grid", arms, points, plan.laboratory)
-    return {(p["lr"], p["momentum"], p["ns_steps"]): loss_of(r) for p, r in zip(points, records, strict=True)}, records
+    return run_points(f"{NAME}-grid", arms, points, plan.laboratory)
 
 
-def coefficient_sets(plan: Plan, model: str, rates: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Set -> learning rate -> validation loss, each set with its own number of steps."""
+def coefficient_sets(plan: Plan, model: str, rates: Sequence[float]) -> list[Record]:
+    """Each set with its own number of steps."""
     arms = {name: plan.short(model, "muon", 0.02, coefficients=name) for name in COEFFICIENTS}
-    points = grid(arm=arms, lr=rates)
-    records = run_points(f"{NAME}-coefficients", arms, points, plan.laboratory)
-    return _nested(points, records, "arm", lambda point: f"{point['lr']:g}")
+    return run_points(f"{NAME}-coefficients", arms, grid(arm=arms, lr=rates), plan.laboratory)
 
 
-def learning_rates(plan: Plan, model: str, optimizer: str, rates: Sequence[float]) -> dict[str, list[float]]:
-    """Learning rate -> validation losses over the seeds."""
+def learning_rates(plan: Plan, model: str, optimizer: str, rates: Sequence[float]) -> list[Record]:
+    """Every rate with every seed."""
     arms = {optimizer: plan.short(model, optimizer, 0.02)}
-    points = grid(arm=arms, lr=rates, seed=plan.seeds)
-    records = run_points(f"{NAME}-{optimizer}", arms, points, plan.laboratory)
-    losses: dict[str, list[float]] = {}
-    for point, record in zip(points, records, strict=True):
-        losses.setdefault(f"{point['lr']:g}", []).append(loss_of(record))
-    return losses
+    return run_points(f"{NAME}-{optimizer}", arms, grid(arm=arms, lr=rates, seed=plan.seeds), plan.laboratory)
 
 
-def _nested(points: Sequence[Point], records: Sequence[Record], outer: str, inner) -> dict[str, dict[str, float]]:
-    table: dict[str, dict[str, float]] = {}
-    for point, record in zip(points, records, strict=True):
-        table.setdefault(point[outer], {})[inner(point)] = loss_of(record)
-    return table
-
-
-def robust_range(losses: Mapping[float, float]) -> Record:
-    """The rates around the best whose loss is at most `1 + WITHIN` times the best, interpolated in log rate."""
-    rates = sorted(losses)
-    bound = min(losses.values()) * (1 + WITHIN)
-    best = rates.index(min(losses, key=losses.get))
-    low, high = (_edge(rates[::step], losses, bound, rates[best]) for step in (-1, 1))
-    return {"best": rates[best], "low": low, "high": high, "ratio": high / low,
-            "reaches_the_end": low == rates[0] or high == rates[-1]}  # fmt: skip
-
-
-def _edge(rates: Sequence[float], losses: Mapping[float, float], bound: float, best: float) -> float:
-    """Where the loss, going along `rates` from the best one on, passes the bound; the last rate if it never does."""
-    start = rates.index(best)
-    for inside, outside in zip(rates[start:], rates[start + 1 :], strict=False):
-        if losses[outside] > bound:
-            share = (bound - losses[inside]) / (losses[outside] - losses[inside])
-            share = 0.0 if math.isinf(losses[outside]) else share
-            return inside * (outside / inside) ** share
-    return rates[-1]
-
-
-def as_markdown(results: Record, record: Record, seeds: int) -> str:
+def as_markdown(results: Record, found: Sensitivity) -> str:
     best = results["best"]
     rows = [[name, found["best"], f"{found['low']:.3g} to {found['high']:.3g}", found["ratio"],
              "yes" if found["reaches_the_end"] else "no"]
@@ -139,11 +102,12 @@ def as_markdown(results: Record, record: Record, seeds: int) -> str:
     header = ["optimizer", "best learning rate", "within 1% of its loss", "ratio", "reaches the end of the grid"]
     return (
         f"Best of the grid: learning rate {best['lr']:g}, momentum {best['momentum']:g}, {best['ns_steps']} steps, "
-        f"validation loss {best['loss']:.4f} (seed {TUNING_SEED}).\n\n"
+        f"validation loss {best['loss']:.4f}. The grid and the sets of coefficients are of one seed, {TUNING_SEED}: "
+        "differences as small as those between seeds mean nothing there.\n\n"
         + markdown(["setting", "span of the best losses over its values"], spans)
         + "\n"
         + markdown(header, rows)
-        + f"\n{quoted(record, seeds)}\n"
+        + f"\nLearning rates over seeds: {quoted({name: found.records[name] for name in ('muon', 'adamw')})}\n"
     )
 
 

@@ -4,9 +4,9 @@
 
 Times a few training steps of each model with AdamW and with Muon at 3, 5 and 7 Newton-Schulz steps of `keller_jordan`
 and at the default, in turns: its share of the optimizer and of the step, and the memory of the optimizer's state. One
-step of each goes through torch.profiler (kernels by time; chrome traces in traces/). With experiment 1's records in
-the same folder, also the training time to AdamW's final loss. Results go to results/experiments/SCALE/experiment_4.
-Run it alone on the machine.
+step of each goes through torch.profiler (kernels by time; chrome traces, of some megabytes each, in traces/). With
+experiment 1's records in the same folder, also the training time to AdamW's final loss. Results go to
+results/experiments/SCALE/experiment_4. Run it alone on the machine.
 """
 
 import statistics
@@ -18,10 +18,10 @@ import torch
 from benchmarks.common import Record, device
 from experiments.drawings import draw
 from experiments.intervals import mean
-from experiments.measures import markdown, shown, tokens_to
+from experiments.measures import made_with, markdown, shown, tokens_to
 from experiments.runs import versions
 from experiments.scales import Plan, parse_plan
-from experiments.stored import read_comparison, read_results
+from experiments.stored import Comparison, read_baseline
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
@@ -56,10 +56,11 @@ class Trainee:
 def main() -> None:
     plan = parse_plan(__doc__)
     folder = plan.folder(NAME)
+    needed = {model: cost_benefit(found) for model, found in read_baseline(plan.laboratory.folder).items()}
     rows = [row for model in plan.scale.models for row in profile_model(plan, model, folder)]
     results = {
         "rows": rows,
-        "time_to_adamws_loss": cost_benefit(plan.laboratory.folder),
+        "time_to_adamws_loss": needed,
         "rounds": ROUNDS,
         "versions": versions(),
     }
@@ -135,19 +136,18 @@ def _profiled_step(plan: Plan, trainee: Trainee, tokens: Tensor, trace: Path) ->
             for k in kernels[:KERNELS]]  # fmt: skip
 
 
-def cost_benefit(folder: Path) -> dict[str, Record]:
+def cost_benefit(baseline: Comparison) -> Record:
     """Seconds in training steps until AdamW's final loss, of both arms of experiment 1 (means over its seeds)."""
-    found = {}
-    for model, result in (read_results(folder, "experiment_1") or {}).items():
-        arms = read_comparison(folder, result["runs"], "experiment_1").arms
-        pairs = zip(arms["muon"], arms["adamw"], strict=True)
-        seconds = [_seconds_to(record, goal["eval_loss"]) for record, goal in pairs]
-        found[model] = {
-            "adamw": mean([_seconds_to(record, record["eval_loss"]) for record in arms["adamw"]]),
-            "muon": None if None in seconds else mean(seconds),
-            "n": len(seconds),
-        }
-    return found
+    baseline.check_threads()
+    arms = baseline.arms
+    pairs = zip(arms["muon"], arms["adamw"], strict=True)
+    seconds = [_seconds_to(record, goal["eval_loss"]) for record, goal in pairs]
+    return {
+        "adamw": mean([_seconds_to(record, record["eval_loss"]) for record in arms["adamw"]]),
+        "muon": None if None in seconds else mean(seconds),
+        "n": len(seconds),
+        "made_with": made_with([record for records in arms.values() for record in records]),
+    }
 
 
 def _seconds_to(record: Record, loss: float) -> float | None:
@@ -170,13 +170,16 @@ def as_markdown(results: Record, plan: Plan) -> str:
              f"{row['newton_schulz_of_step']:.1%}", row["state_mib"]] for row in results["rows"]]  # fmt: skip
     made = results["versions"]
     text = markdown(header, rows) + (
-        f"\n{plan.scale.batch} x {plan.scale.length} tokens a step, medians of {ROUNDS}; {made['device']}, "
-        f"{made['threads']} threads, torch {made['torch']}, commit {made['commit']}\n"
+        f"\n{plan.scale.batch} x {plan.scale.length} tokens a step, n={results['rounds']}: medians; "
+        f"{made['device']}, threads: {made['threads']}, torch {made['torch']}, commit {made['commit']}. "
+        "The chrome traces that the results name lie in traces/ of the machine that made them: they are too large to "
+        "be committed.\n"
     )
     for model, needed in results["time_to_adamws_loss"].items():
         muon = "never" if needed["muon"] is None else f"{shown(needed['muon'])} s"
         text += (
-            f"\nTo AdamW's final loss on {model}: AdamW {shown(needed['adamw'])} s, Muon {muon} (n={needed['n']}).\n"
+            f"\nTo AdamW's final loss on {model}: AdamW {shown(needed['adamw'])} s, Muon {muon} (n={needed['n']}, by "
+            f"the steps of experiment 1: {needed['made_with']}).\n"
         )
     return text
 

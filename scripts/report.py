@@ -9,14 +9,16 @@ together (a record that is missing, other seeds, another config) are refused.
 
 import argparse
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import markdown
-from experiments.claims import Claim, judged
+from experiments.claims import CHANGES, OWN_THRESHOLDS, Claim, judged
 from experiments.drawings import draw
+from experiments.intervals import FAILS, HOLDS, IN_WORDS, OPEN
 from experiments.measures import markdown as table
 from experiments.measures import quoted
-from experiments.stored import Comparison, read_comparison, read_results
+from experiments.stored import read_baseline, read_results
 from experiments.stretching import stretching_report
 
 from blueberry.errors import OneLineParser, UsageError, run_script
@@ -30,7 +32,6 @@ EXPERIMENTS = {
     "experiment_5": "Manifold Muon",
     "experiment_6": "Variants of Muon",
 }
-VERDICTS = {"holds": "holds", "does_not_hold": "does not hold", "not_decided": "not decided"}
 STYLE = ("body {font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em} img {max-width: 100%} "
          "table {border-collapse: collapse} td, th {border: 1px solid #ccc; padding: 0.2em 0.6em}")  # fmt: skip
 
@@ -48,7 +49,7 @@ def main() -> None:
     (folder / "report.md").write_text(text)
     (folder / "report.html").write_text(as_html(text))
     for claim in claims:
-        print(f"{VERDICTS[claim.verdict]:14} {claim.text}")
+        print(f"{IN_WORDS[claim.verdict]:14} {claim.text}")
     print(f"\n{folder / 'report.md'}, report.html, report.json")
 
 
@@ -59,13 +60,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def as_json(claim: Claim) -> dict:
-    """The first finding's numbers stand for the claim; all of them are in `findings`."""
+    """The numbers of the model that decides stand for the claim; all of them are in `findings`."""
     findings = [dataclasses.asdict(finding) | {"verdict": finding.verdict} for finding in claim.findings]
-    for finding in findings:
-        finding["needed"] = [None if abs(end) == float("inf") else end for end in finding["needed"]]
-    first = findings[0] if findings else {"n": 0, "interval": None, "commit": None}
-    return {"id": claim.id, "text": claim.text, "verdict": claim.verdict, "n": first["n"],
-            "interval": first["interval"], "commit": first["commit"], "findings": findings}  # fmt: skip
+    deciding = dataclasses.asdict(claim.deciding) if claim.deciding else {"n": 0}
+    numbers = {name: deciding.get(name) for name in ("model", "n", "interval", "commit")}
+    return {"id": claim.id, "text": claim.text, "verdict": claim.verdict, **numbers, "findings": findings}
 
 
 def summary(claims: list[Claim], done: list[str]) -> list[str]:
@@ -75,27 +74,33 @@ def summary(claims: list[Claim], done: list[str]) -> list[str]:
             low, high = finding.interval
             rows.append([claim.id.split("_")[0], claim.text, finding.model, finding.measure,
                          f"{finding.value:.4g} [{low:.4g}, {high:.4g}]", finding.n, finding.note,
-                         VERDICTS[finding.verdict]])  # fmt: skip
+                         IN_WORDS[finding.verdict]])  # fmt: skip
         if not claim.findings:
-            rows.append([claim.id.split("_")[0], claim.text, "", "not measured", "", 0, "", VERDICTS[claim.verdict]])
+            rows.append([claim.id.split("_")[0], claim.text, "", "not measured", "", 0, "", IN_WORDS[claim.verdict]])
     header = ["claim", "", "model", "measure", "mean, 95% interval", "n", "", "verdict"]
+    verdicts = Counter(claim.verdict for claim in claims)
     missing = [title for name, title in EXPERIMENTS.items() if name not in done]
     return [
         "# What the experiments found\n",
         "A claim holds if the whole 95% interval over seeds satisfies it, does not hold if the whole interval "
-        "violates it, and is not decided otherwise.\n",
+        "violates it, and is not decided otherwise; a bound on all that was seen does not hold if anything lies "
+        "outside. On several models it holds if it holds on each, and does not hold if it fails on one. The "
+        "originals' twelve claims are parted into the statements below. "
+        f"{OWN_THRESHOLDS} Intervals and p-values are not corrected for the number of statements.\n",
         table(header, rows),
+        f"Of {len(claims)} statements {verdicts[HOLDS]} hold, {verdicts[FAILS]} do not, {verdicts[OPEN]} are not "
+        "decided.\n",
+        "The rule was committed before the runs that it judges. Altered after their results were known:\n",
+        "\n".join(f"- {change}" for change in CHANGES) + "\n",
         f"Not run: {', '.join(missing)}.\n" if missing else "",
     ]
 
 
 def stretching(folder: Path) -> list[str]:
-    """The report on hierarchical stretching, where experiment 1 left spectral logs."""
+    """The report on hierarchical stretching, from the spectral logs of experiment 1."""
     parts = []
-    for model, result in (read_results(folder, "experiment_1") or {}).items():
-        comparison = read_comparison(folder, result["runs"], "experiment_1")
-        if comparison.has_logs:
-            parts += [stretching_report(model, comparison), _quote(comparison)]
+    for model, comparison in read_baseline(folder).items():
+        parts += [stretching_report(model, comparison), quoted(comparison.arms) + "\n"]
     return ["## Hierarchical stretching\n", *parts] if parts else []
 
 
@@ -115,10 +120,6 @@ def as_html(text: str) -> str:
     """The report as a page; its figures lie beside it."""
     body = markdown.markdown(text, extensions=["tables"])
     return f"<!doctype html><meta charset='utf-8'><title>Experiments</title><style>{STYLE}</style>{body}"
-
-
-def _quote(comparison: Comparison) -> str:
-    return quoted(comparison.arms["muon"][0], comparison.n) + "\n"
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_the_learning_rate_of_every_arm_is_the_best_that_was_tried(results):
 
 def test_the_manifold_experiment_judges_the_criteria_of_its_document(results):
     rows = {row["criterion"]: row for row in read(results, "experiment_5")["table"]}
-    assert rows["constraint violations"]["holds"] and rows["singular values"]["holds"]
+    assert {rows[name]["verdict"] for name in ("constraint violations", "singular values")} == {"holds"}
     assert 0.9999 < rows["singular values"]["manifold"][0] <= rows["singular values"]["manifold"][1] < 1.0001
     losses = {arm: [json.loads((results / "runs" / name).read_text())["eval_loss"] for name in some]
               for arm, some in read(results, "experiment_5")["runs"].items()}  # fmt: skip
@@ -146,9 +146,11 @@ def test_the_report_gives_every_claim_a_verdict_by_its_rule(results):
         for finding in claim["findings"]:
             (low, high), (least, most) = finding["interval"], finding["needed"]
             least, most = -math.inf if least is None else least, math.inf if most is None else most
-            inside, outside = least <= low and high <= most, high < least or low > most
+            inside, outside = least <= low and high <= most, high < least or low > most or finding["everywhere"]
             expected = "holds" if inside else "does_not_hold" if outside else "not_decided"
             assert finding["verdict"] == expected
+        decides = next(finding for finding in claim["findings"] if finding["verdict"] == claim["verdict"])
+        assert (claim["interval"], claim["model"]) == (decides["interval"], decides["model"])
     assert claims["11_constraint_holds"]["verdict"] == "holds"
     page = (results / "report.html").read_text()
     figures = re.findall(r'src="([^"]+)"', page)
@@ -163,6 +165,18 @@ def test_norms_are_set_against_losses_of_steps_between_two_spectral_logs(run_scr
     log = pd.DataFrame({"step": [0, 4, 8], "projection": "q_proj", "layer": 0, "parameter": "q", "expert": None,
                         "spectral_norm": [1.0, 2.0, 3.0]})  # fmt: skip
     assert _correlation(log, {"eval_steps": [3, 5, 8], "eval_losses": [6.0, 5.0, 4.0]}) == pytest.approx(-1)
+
+
+def test_a_map_keeps_all_of_its_colours_and_says_what_it_clips(tmp_path):
+    import numpy as np
+    from experiments import figures
+    from PIL import Image
+
+    losses = np.linspace(5, 6, 600).reshape(20, 30)
+    figure = figures.loss_heatmaps({"a": losses}, range(20), range(30), ("row", "column"))
+    assert figure.axes[-1].get_ylabel() == "validation loss, nats (arrow: above 5.90)"
+    saved = Image.open(figures.save(figure, tmp_path / "map.png", is_map=True))
+    assert len(saved.convert("RGB").getcolors(10**6)) > 256
 
 
 def test_figures_drawn_again_from_the_records_are_identical(results):
@@ -231,11 +245,38 @@ def test_a_trial_of_a_killed_worker_is_tried_again(run, results, monkeypatch):
     (("--seeds", 0), "--seeds 0: an interval needs two seeds at least"),
     (("--workers", 0), "--workers 0: at least 1"),
     (("--steps", -3), "--steps -3: at least 1"),
+    (("--seeds", 0, 1, 1), "--seeds 0 1 1: a seed counts once"),
+    (("--seeds", 0, 1000), "--seeds 0 1000: learning rates are chosen on 1000"),
+    (("--seeds", 0, -1), "--seeds 0 -1: a seed lies between 0 and"),
+    (("--storage", "nonsense"), "--storage nonsense: Could not parse"),
+    (("--storage", "postgresql://me:secret@here/x"), "--storage postgresql://...@here/x: "),
+    (("--storage", "sqlite:////nowhere/x.sqlite"), "unable to open database file; give a database's URL"),
+    (("--output_dir", __file__), "test_experiments.py is a file: name a folder"),
+    (("--output_dir", __file__ + "/x"), "test_experiments.py/x: Not a directory; name another folder"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_line(run, tmp_path, capsys, arguments, error):
     with pytest.raises(SystemExit) as stopped:
         run("experiment_1", tmp_path, *arguments)
-    assert stopped.value.code == 2 and error in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and error in told and told.count("\n") == 1 and "secret" not in told
+
+
+def test_a_study_whose_records_lie_elsewhere_is_refused_before_anything_is_made_again(run, results, tmp_path, capsys):
+    shared = f"sqlite:///{results / 'studies.sqlite'}"
+    with pytest.raises(SystemExit):
+        run("experiment_5", tmp_path, "--storage", shared)
+    assert "has its records in another folder: share that one" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*/*.json"))
+
+
+def test_a_dataset_that_changed_under_its_name_is_refused(run, results, monkeypatch, capsys):
+    from experiments import runs
+
+    changed = lambda *arguments: SimpleNamespace(content="other text")
+    monkeypatch.setattr(runs, "_data", changed)
+    with pytest.raises(SystemExit):
+        run("experiment_2", results)
+    assert "its text is not that of" in capsys.readouterr().err
 
 
 def test_two_workers_share_the_trials_of_a_search_and_pruned_ones_are_told(
@@ -272,6 +313,7 @@ def test_the_intervals_are_those_of_students_t():
     assert result["difference"] == 2 and result["n"] == 3 and result["interval"] == expected
     assert single([1.0, 2.0, 3.0])["interval"] == expected
     assert single([1.0, 1.0])["interval"] == [1.0, 1.0]
+    assert all(map(math.isnan, single([1.0])["interval"]))
 
 
 def test_the_interval_of_a_ratio_of_variances_covers_it_in_95_of_100_draws():
@@ -290,20 +332,16 @@ def test_tokens_to_a_loss_are_interpolated_between_evaluations():
     record = {"eval_losses": [5.0, 4.0, 3.0], "eval_steps": [10, 20, 30], "tokens": 3000, "run": {"steps": 30}}
     assert tokens_to(record, 3.5) == 2500 and tokens_to(record, 5.5) == 1000 and tokens_to(record, 3.0) == 3000
     assert tokens_to(record, 2.9) is None
+    assert math.isnan(tokens_to(record, math.nan))  # the other run diverged: this one did not fail
 
 
-def test_the_robust_range_ends_where_the_loss_is_one_percent_above_the_best(run_script):
-    script = SimpleNamespace(**load(ROOT / "scripts" / SCRIPTS["experiment_3"]))
-    found = script.robust_range({0.01: 1.02, 0.1: 1.0, 1.0: 1.04})  # 1.01 lies halfway, and a quarter of the way
+def test_the_robust_range_ends_where_the_loss_is_one_percent_above_the_best():
+    from experiments.sensitivity import robust_range
+
+    found = robust_range({0.01: 1.02, 0.1: 1.0, 1.0: 1.04})  # 1.01 lies halfway, and a quarter of the way
     assert found["best"] == 0.1 and not found["reaches_the_end"]
     assert found["low"] == pytest.approx(0.1 * 0.1**0.5) and found["high"] == pytest.approx(0.1 * 10**0.25)
-    assert script.robust_range({0.01: 1.0, 0.1: 1.5, 1.0: math.inf})["reaches_the_end"]
-
-
-def load(path: Path) -> dict:
-    import runpy
-
-    return runpy.run_path(str(path))
+    assert robust_range({0.01: 1.0, 0.1: 1.5, 1.0: math.inf})["reaches_the_end"]
 
 
 def test_spectral_measures_follow_their_definitions():
@@ -325,4 +363,84 @@ def test_spectral_measures_follow_their_definitions():
     assert spectra.of_updates(log, "update_energy_in_top_k") == pytest.approx(0.15)
     assert spectra.collapse_step(log, drop=0.015) == {"0": None, "1": 2}
     share, _ = spectra.growth_over_bound(log)
-    assert share == pytest.approx((0 + 1 / 3.5) / 2)  # trapezoids: half of the first update
+    assert share == pytest.approx((0 + 1 / 4) / 2)
+
+
+def test_growth_by_exactly_the_sum_of_the_updates_is_all_of_it_in_either_half():
+    """Logs at steps 0, 10, .., 50, an update of norm 0.1 at every step, and the norm grows by as much."""
+    from experiments import spectra
+
+    log = pd.DataFrame([
+        {"step": step, "layer": 0, "projection": "q_proj", "parameter": "w", "expert": None,
+         "spectral_norm": 1 + 0.1 * step, "update_spectral_norm": 0.1 if step else math.nan}
+        for step in range(0, 60, 10)
+    ])  # fmt: skip
+    assert spectra.growth_over_bound(log) == pytest.approx((1, 0))
+    assert log.update_spectral_norm.isna().sum() == 1  # the log is as it was
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6, 7, 8, 12, 22])
+def test_deep_and_shallow_layers_are_equally_many_at_every_depth(layers):
+    from experiments import spectra
+
+    names = [f"w{layer}" for layer in range(layers)]
+    log = pd.DataFrame({"layer": range(layers), "projection": "q_proj", "parameter": names, "expert": None})
+    rows = spectra.hidden(log)
+    deep, shallow = rows.layer[spectra.is_deep(rows)], rows.layer[spectra.is_shallow(rows)]
+    assert len(deep) == len(shallow) == max(1, layers // 3)
+    assert deep.max() == layers - 1 and shallow.min() == 0
+
+
+def test_a_collapse_at_the_first_log_is_told_as_at_or_before_it():
+    from experiments.stretching import _steps
+
+    assert _steps([62, 124, None], [62, 62, 62]) == "at or before 62, 124, never"
+
+
+def test_a_bound_that_one_run_breaks_does_not_hold_and_nan_breaks_it():
+    from experiments.claims import _extreme
+    from experiments.stored import Comparison
+
+    comparison = Comparison("experiment_5", {"manifold": [{"versions": {"commit": "a"}}]}, Path(), [])
+
+    def verdict(*values: float) -> str:
+        return _extreme("11_constraint_holds", "m", "error", values, (0.0, 1e-4), comparison).verdict
+
+    assert verdict(1e-6, 2e-6) == "holds"
+    assert verdict(1e-6, 7.8) == verdict(1e-6, math.nan) == verdict(math.nan, 1e-6) == "does_not_hold"
+
+
+def test_a_constraint_error_of_nan_stays_in_the_record(monkeypatch):
+    import torch
+    from experiments import runs
+
+    errors = iter([1e-6, math.nan, 1e-6])
+    report = lambda: {"total_violations": 0, "by_type": {"stiefel_muon": {"max_violation": next(errors)}}}
+    monkeypatch.setattr(runs, "composed_optimizer", lambda _: SimpleNamespace(check_constraints=report))
+    health = runs.Health()
+    for _ in range(3):
+        health.on_step_end(None, SimpleNamespace(global_step=10, max_steps=10), None, None)
+    assert math.isnan(health.numbers["max_violation"]["stiefel_muon"])
+    assert runs.singular_values(torch.full((2, 2), math.nan)).isnan().all()
+
+
+def test_a_learning_rate_at_the_end_of_those_tried_is_told():
+    from experiments.measures import edge_note
+
+    tuning = {"adamw": {"0.05": 2, "0.1": 1, "0.2": 3}, "muon": {"0.05": 3, "0.1": 2, "0.2": 1}}
+    results = {"learning_rates": {"adamw": 0.1, "muon": 0.2}, "tuning": tuning}
+    assert "rate of muon was the last one tried" in edge_note(results)
+    results["learning_rates"]["muon"] = 0.1
+    assert edge_note(results) == ""
+
+
+def test_a_number_that_json_lacks_is_null_in_a_file_and_nan_in_a_record(tmp_path):
+    from experiments.runs import read_record
+
+    from blueberry.training.run_folder import write_json
+
+    path = tmp_path / "record.json"
+    write_json(path, {"run": {"bf16": None}, "eval_loss": math.nan, "losses": [1.0, math.inf]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail)["losses"] == [1.0, None]
+    record = read_record(path)
+    assert math.isnan(record["eval_loss"]) and math.isnan(record["losses"][1]) and record["run"] == {"bf16": None}

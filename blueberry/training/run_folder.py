@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -245,8 +246,20 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write `content` as JSON, atomically; without `indent` as short as it can be."""
-    _write(path, json.dumps(content, indent=indent, separators=None if indent else (",", ":")) + "\n")
+    """Write `content` as JSON, atomically; without `indent` as short as it can be.
+
+    NaN and infinities, for which JSON has no word, become null.
+    """
+    text = json.dumps(_finite(content), indent=indent, separators=None if indent else (",", ":"), allow_nan=False)
+    _write(path, text + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _write(path: Path, text: str) -> None:

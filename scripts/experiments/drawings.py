@@ -1,5 +1,6 @@
 """The figures of every experiment, from what lies on disk: the same records give the same figures."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from blueberry.spectral.plots import (
 
 from . import figures
 from .intervals import mean
-from .stored import Comparison, read_comparison, read_results
+from .sensitivity import read_sensitivity
+from .stored import Comparison, read_baseline, read_comparison, read_results
 
 SPECTRAL = (spectral_norm_vs_depth, entropy_heatmap, update_alignment, update_energy_in_top_k, singular_spectrum_mri,
             spectral_gap, spectral_stretching)  # fmt: skip
+MAPS = (entropy_heatmap, singular_spectrum_mri)
 
 
 def draw(experiment: str, results: Path) -> None:
@@ -32,31 +35,34 @@ def draw(experiment: str, results: Path) -> None:
 
 
 def _baseline(found: Record, results: Path, folder: Path) -> None:
-    for model, result in found.items():
-        comparison = read_comparison(results, result["runs"], "experiment_1")
+    for model, comparison in read_baseline(results).items():
         _losses(comparison, folder / f"{model}_losses.png")
-        if comparison.has_logs:
-            log = combined(comparison.logs)
-            for function in SPECTRAL:
-                figures.save(function(log), folder / model / f"{function.__name__}.png")
+        log = combined(comparison.logs)
+        for function in SPECTRAL:
+            figures.save(function(log), folder / model / f"{function.__name__}.png", is_map=function in MAPS)
 
 
 def _ablation(found: Record, results: Path, folder: Path) -> None:
-    _losses(read_comparison(results, found["runs"], folder.name), folder / "losses.png")
-    lines = {arm: {float(lr): loss for lr, loss in some.items()} for arm, some in found["tuning"].items()}
-    figures.save(figures.learning_rates(lines, "tuning runs"), folder / "learning_rates.png")
+    _losses(read_comparison(results, found, folder.name), folder / "losses.png")
+    diverged = math.inf  # null in JSON
+    lines = {arm: {float(lr): diverged if loss is None else loss for lr, loss in some.items()}
+             for arm, some in found["tuning"].items()}  # fmt: skip
+    figures.save(figures.learning_rates(lines, "tuning runs, one seed"), folder / "learning_rates.png")
 
 
 def _sensitivity(found: Record, results: Path, folder: Path) -> None:
-    losses = {(cell["lr"], cell["momentum"], cell["ns_steps"]): cell["loss"] for cell in found["grid"]}
+    found = read_sensitivity(results, found["runs"])
+    losses = found.grid
     rates, momenta, counts = (sorted(set(values)) for values in zip(*losses, strict=True))
-    heatmaps = {f"ns_steps {n}": np.array([[losses[lr, m, n] for m in momenta] for lr in rates]) for n in counts}
-    figures.save(figures.loss_heatmaps(heatmaps, rates, momenta, ("learning rate", "momentum")), folder / "grid.png")
-    lines = {name: {float(lr): loss for lr, loss in some.items()} for name, some in found["coefficients"].items()}
-    figures.save(figures.learning_rates(lines, "coefficients of Newton-Schulz"), folder / "coefficients.png")
-    lines = {name: {float(lr): mean(some) for lr, some in tried.items()}
-             for name, tried in found["learning_rates"].items()}  # fmt: skip
-    figures.save(figures.learning_rates(lines, "mean over seeds"), folder / "learning_rates.png")
+    heatmaps = {
+        f"ns_steps {n}, one seed": np.array([[losses[lr, m, n] for m in momenta] for lr in rates]) for n in counts
+    }
+    heatmap = figures.loss_heatmaps(heatmaps, rates, momenta, ("learning rate", "momentum"))
+    figures.save(heatmap, folder / "grid.png", is_map=True)
+    title = "coefficients of Newton-Schulz, one seed"
+    figures.save(figures.learning_rates(found.coefficients, title), folder / "coefficients.png")
+    lines = {name: {lr: mean(some) for lr, some in tried.items()} for name, tried in found.learning_rates.items()}
+    figures.save(figures.learning_rates(lines, f"mean over n={len(found.seeds)} seeds"), folder / "learning_rates.png")
 
 
 def _shares(found: Record, results: Path, folder: Path) -> None:
@@ -64,12 +70,13 @@ def _shares(found: Record, results: Path, folder: Path) -> None:
 
 
 def _losses_of_arms(found: Record, results: Path, folder: Path) -> None:
-    _losses(read_comparison(results, found["runs"], folder.name), folder / "losses.png")
+    _losses(read_comparison(results, found, folder.name), folder / "losses.png")
 
 
 def _losses(comparison: Comparison, path: Path) -> None:
-    model = next(iter(comparison.arms.values()))[0]["run"]["model_name"]
-    figures.save(figures.losses(comparison.arms, f"{model}, {comparison.n} seeds"), path)
+    run = next(iter(comparison.arms.values()))[0]["run"]
+    model, steps = run["model_name"], run["steps"]
+    figures.save(figures.losses(comparison.arms, f"{model}, n={comparison.n} seeds, {steps} steps"), path)
 
 
 _DRAWINGS = {

@@ -16,13 +16,18 @@ from .measures import loss_curves
 matplotlib.use("agg")
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """As PNG of 128 colours (a third of the bytes), without the time and the version that equal figures differ in."""
+def save(figure: Figure, path: Path, is_map: bool = False) -> Path:
+    """As PNG without the time and the version that equal figures differ in.
+
+    Lines come in 256 colours, a third of the bytes. A map keeps all of its colours: its colour bar is read by them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = BytesIO()
-    figure.savefig(pixels, dpi=130)
+    figure.savefig(pixels, dpi=100)
     plt.close(figure)
-    Image.open(pixels).convert("RGB").quantize(128).save(path, optimize=True)
+    image = Image.open(pixels).convert("RGB")
+    image = image if is_map else image.quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    image.save(path, optimize=True)
     return path
 
 
@@ -75,13 +80,14 @@ def loss_heatmaps(
     """One heatmap of losses (rows, columns) for each title, on one color scale; the numbers in the cells."""
     figure, panels = plt.subplots(1, len(grids), figsize=(4 * len(grids), 4), layout="constrained", squeeze=False)
     finite = np.concatenate([values[np.isfinite(values)] for values in grids.values()])
+    top = np.quantile(finite, 0.9)  # the worst tenth would take most of the colours
     for axes, (title, values) in zip(panels[0], grids.items(), strict=True):
-        image = axes.imshow(values, vmin=finite.min(), vmax=np.quantile(finite, 0.9), cmap="viridis_r", aspect="auto")
+        image = axes.imshow(values, vmin=finite.min(), vmax=top, cmap="viridis_r", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             color = "black" if image.norm(value) < 0.4 else "white"  # small losses are bright
             axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=color)
         axes.set(title=title, xlabel=names[1], ylabel=names[0])
         axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
         axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-    figure.colorbar(image, ax=panels[0], label="validation loss, nats")
+    figure.colorbar(image, ax=panels[0], label=f"validation loss, nats (arrow: above {top:.2f})", extend="max")
     return figure

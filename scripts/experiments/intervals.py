@@ -1,11 +1,26 @@
-"""Statistics over seeds."""
+"""Statistics over seeds, and the verdict that an interval gives."""
 
+import math
 from collections.abc import Sequence
 
 from benchmarks.common import Record
 from scipy import stats
 
 LEVEL = 0.95
+HOLDS, FAILS, OPEN = "holds", "does_not_hold", "not_decided"
+IN_WORDS = {HOLDS: "holds", FAILS: "does not hold", OPEN: "not decided"}
+
+
+def verdict_of(interval: Sequence[float], needed: Sequence[float], everywhere: bool = False) -> str:
+    """Whether a number whose interval this is lies between the two `needed`.
+
+    With `everywhere` the interval is the range of all that was seen, none of which may lie outside.
+    """
+    low, high = interval
+    if needed[0] <= low and high <= needed[1]:
+        return HOLDS
+    outside = high < needed[0] or low > needed[1]
+    return FAILS if outside or everywhere else OPEN  # NaN keeps no bound, and decides nothing else
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Record:
@@ -18,7 +33,9 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Record:
 
 
 def single(values: Sequence[float]) -> Record:
-    """Mean of values over seeds with its 95% interval by Student's t."""
+    """Mean of values over seeds with its 95% interval by Student's t; NaN of one value, which says nothing of it."""
+    if len(values) == 1:
+        return {"mean": values[0], "interval": [math.nan, math.nan], "n": 1}
     if len(set(values)) == 1:
         return {"mean": values[0], "interval": [values[0], values[0]], "n": len(values)}
     interval = stats.ttest_1samp(values, 0).confidence_interval(LEVEL)

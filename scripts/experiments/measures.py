@@ -1,5 +1,6 @@
 """Numbers of one record, and tables of several."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,21 @@ OUTCOMES: dict[str, Callable[[Record], float]] = {
     "seconds a step": lambda record: record["time"]["step_ms"] / 1000,
     "optimizer's share of a step": lambda record: record["time"]["optimizer_step_ms"] / record["time"]["step_ms"],
     "tokens/s": lambda record: record["tokens"] / record["run"]["steps"] / record["time"]["step_ms"] * 1000,
-    "peak memory, MiB": lambda record: record["peak_memory_mib"],
+    "peak memory of the process, MiB": lambda record: record["peak_memory_mib"],
 }
+PROCESS_MEMORY = (
+    "The peak memory is what the whole process held, which also depends on the runs that it made before: no measure "
+    "of an optimizer."
+)
 
 
 def tokens_to(record: Record, loss: float) -> float | None:
-    """Tokens until a validation loss of at most `loss`, interpolated between evaluations; None if never reached."""
+    """Tokens until a validation loss of at most `loss`, interpolated between evaluations; None if never reached.
+
+    NaN, as of a run that diverged, is no goal: NaN.
+    """
+    if math.isnan(loss):
+        return math.nan
     losses, steps = record["eval_losses"], record["eval_steps"]
     reached = next((i for i, value in enumerate(losses) if value <= loss), None)
     if reached is None:
@@ -33,6 +43,18 @@ def tokens_to(record: Record, loss: float) -> float | None:
         share = (before - loss) / (before - after)
         steps_needed = steps[reached - 1] + share * (steps[reached] - steps[reached - 1])
     return steps_needed * record["tokens"] / record["run"]["steps"]
+
+
+def losses_of(arms: Mapping[str, Sequence[Record]]) -> dict[str, list[float]]:
+    """Arm -> validation losses over seeds."""
+    return {arm: [record["eval_loss"] for record in records] for arm, records in arms.items()}
+
+
+def interaction(losses: Mapping[str, Sequence[float]]) -> Record:
+    """Experiment 2's (neither - no momentum) - (no Newton-Schulz - full) over seeds, with its interval."""
+    alone = [a - b for a, b in zip(losses["neither"], losses["no momentum"], strict=True)]
+    with_momentum = [a - b for a, b in zip(losses["no Newton-Schulz"], losses["full"], strict=True)]
+    return paired(alone, with_momentum)
 
 
 def by_arm(records: Sequence[Record], points: Sequence[Mapping[str, Any]]) -> dict[str, list[Record]]:
@@ -76,11 +98,33 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def quoted(record: Record, seeds: int) -> str:
-    """What figures of such runs must be quoted with."""
-    run, made = record["run"], record["versions"]
+def quoted(arms: Mapping[str, Sequence[Record]]) -> str:
+    """What figures of such runs, of which each arm has the same seeds, must be quoted with."""
+    every = [record for records in arms.values() for record in records]
+    record, seeds = every[0], sorted({record["run"]["seed"] for record in every})
+    run = record["run"]
     return (
         f"{run['model_name']}: {record['parameters']:,} parameters, {run['steps']} steps of {run['batch']} x "
-        f"{run['length']} tokens of {run['dataset']}, n={seeds} seeds; {made['device']}, {made['threads']} threads, "
-        f"torch {made['torch']}, commit {made['commit']}"
+        f"{run['length']} tokens of {run['dataset']}, n={len(seeds)} seeds; {made_with(every)}"
     )
+
+
+def made_with(records: Sequence[Record]) -> str:
+    """Device, threads, torch and commits of runs."""
+    made = {name: ", ".join(sorted({str(record["versions"][name]) for record in records}))
+            for name in ("device", "threads", "torch", "commit")}  # fmt: skip
+    return f"{made['device']}, threads a run: {made['threads']}, torch {made['torch']}, commit {made['commit']}"
+
+
+def edge_note(results: Record) -> str:
+    """Which learning rates were the last that tuning tried; empty if none was."""
+    edge = at_the_edge(results["learning_rates"], results["tuning"])
+    if not edge:
+        return ""
+    return f"The best learning rate of {', '.join(edge)} was the last one tried: a better one may lie beyond. "
+
+
+def at_the_edge(best: Mapping[str, float], tried: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """The arms whose best learning rate is the least or the largest of those tried."""
+    ends = {arm: [float(lr) for lr in losses] for arm, losses in tried.items()}
+    return [arm for arm, rates in ends.items() if best[arm] in (min(rates), max(rates))]

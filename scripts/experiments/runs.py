@@ -3,17 +3,19 @@
 import dataclasses
 import io
 import json
+import math
 import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from benchmarks.common import Record, forget_resident_peak, machine, resident_peak
@@ -76,9 +78,9 @@ class Run:
 
     def data(self) -> PreparedData:
         """The windows to train and validate on; packed at the first call, cached for the others."""
-        evaluated = VALIDATION_BATCHES * self.batch * self.length
-        arguments = DataArguments(self.dataset, max_length=self.length, max_validation_tokens=evaluated)
-        return prepare_data(arguments, vocab_size=self.model["vocab_size"], max_positions=self.length)
+        return _data(
+            self.dataset, self.length, VALIDATION_BATCHES * self.batch * self.length, self.model["vocab_size"]
+        )
 
     def arguments(self, folder: str) -> BlueberryTrainingArguments:
         """A constant batch, a log of every step, nothing saved."""
@@ -93,6 +95,12 @@ class Run:
             eval_steps=-(-self.steps // self.evaluations), report_to="none", disable_tqdm=True, bf16=self.bf16,
             **learning_rates,
         )  # fmt: skip
+
+
+@cache
+def _data(dataset: str, length: int, evaluated: int, vocabulary: int) -> PreparedData:
+    arguments = DataArguments(dataset, max_length=length, max_validation_tokens=evaluated)
+    return prepare_data(arguments, vocab_size=vocabulary, max_positions=length)
 
 
 def record_of(run: Run, folder: Path, watch: Sequence[TrainerCallback] = ()) -> Record:
@@ -117,14 +125,42 @@ def record_of(run: Run, folder: Path, watch: Sequence[TrainerCallback] = ()) -> 
 
 
 def finished_record(run: Run, folder: Path) -> Record | None:
-    """The record; None if the run was not made yet. UsageError if another one has its name."""
+    """The record; None if the run was not made yet. UsageError if another one has its name, or it saw other text.
+
+    A record of before the text was recorded is taken as it is.
+    """
     path = run.path(folder)
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    record = read_record(path)
     if record["run"] != run.described():
         raise UsageError(f"{path} is of a run with another config: use another --output_dir, or remove it")
+    if "data" in record and record["data"] != run.data().content:
+        raise UsageError(
+            f"--dataset {run.dataset}: its text is not that of {path}: use another --output_dir, or the text of then"
+        )
     return record
+
+
+def read_record(path: Path) -> Record:
+    """A record on disk; a number that JSON has no word for was written as null and is NaN.
+
+    UsageError if the file is damaged.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): remove it and run the experiment again") from error
+    as_text = ("run", "versions", "data")
+    return {name: value if name in as_text else _null_is_nan(value) for name, value in record.items()}
+
+
+def _null_is_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _null_is_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_null_is_nan(one) for one in value]
+    return math.nan if value is None else value
 
 
 def spectral_log(record: Record, folder: Path) -> SpectralLog:
@@ -160,6 +196,7 @@ def _train(run: Run, kept: Path, watch: Sequence[TrainerCallback]) -> Record:
         "eval_accuracy": evaluations[-1]["eval_accuracy"],
         "eval_perplexity": evaluations[-1]["eval_perplexity"],
         "unigram_loss": data.unigram_loss,
+        "data": data.content,
         "tokens": run.steps * run.batch * run.length,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "time": {name: round(value, 2) for name, value in clock.summary(first=2).items()},
@@ -193,12 +230,19 @@ class Health(TrainerCallback):
         self.numbers["violations"] += report["total_violations"]
         largest = self.numbers["max_violation"]
         for name, part in report["by_type"].items():
-            largest[name] = max(largest.get(name, 0.0), part["max_violation"])
+            largest[name] = float(np.maximum(largest.get(name, 0.0), part["max_violation"]))  # NaN stays
 
     def on_train_end(self, args, state, control, model, **kwargs) -> None:
         matrices = [p.detach() for name, p in model.named_parameters() if "_proj" in name]
-        sigma = torch.cat([torch.linalg.svdvals(matrix.double()).flatten() for matrix in matrices])
+        sigma = torch.cat([singular_values(matrix) for matrix in matrices])
         self.numbers |= {"sigma_min": sigma.min().item(), "sigma_max": sigma.max().item()}
+
+
+def singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """In float64, flat; NaN of a matrix that is not finite, of which LAPACK gives none."""
+    if not matrix.isfinite().all():
+        return torch.full((1,), math.nan, dtype=torch.float64, device=matrix.device)
+    return torch.linalg.svdvals(matrix.double()).flatten()
 
 
 def versions() -> Record:

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,7 @@ def plan_parser(description: str, scales: Mapping[str, Scale] = SCALES) -> OneLi
 
 def plan_of(arguments: argparse.Namespace, scales: Mapping[str, Scale] = SCALES) -> Plan:
     """Raises UsageError for numbers that make no experiment."""
-    if len(set(arguments.seeds)) < 2:
-        raise UsageError(f"--seeds {arguments.seeds[0]}: an interval needs two seeds at least, three are the default")
+    _check_seeds(arguments.seeds)
     given = {name: getattr(arguments, name) for name in SIZES}
     for name, value in {**given, "workers": arguments.workers}.items():
         if value is not None and value < 1:
@@ -116,7 +115,21 @@ def plan_of(arguments: argparse.Namespace, scales: Mapping[str, Scale] = SCALES)
     scale = scales[arguments.scale]
     scale = dataclasses.replace(scale, **{name: value for name, value in given.items() if value is not None})
     folder = arguments.output_dir or Path("results/experiments") / arguments.scale
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder} is a file: name a folder")
     laboratory = Laboratory(folder, arguments.storage, arguments.workers)
     is_fast = fastest_dtype(device()) == torch.bfloat16
     bf16 = is_fast if arguments.bf16 is None else arguments.bf16
     return Plan(scale, arguments.seeds, arguments.dataset, laboratory, bf16)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    told = f"--seeds {' '.join(map(str, seeds))}"
+    if len(seeds) < 2:
+        raise UsageError(f"{told}: an interval needs two seeds at least, three are the default")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"{told}: a seed counts once, name others")
+    if TUNING_SEED in seeds:
+        raise UsageError(f"{told}: learning rates are chosen on {TUNING_SEED}, name another")
+    if not all(0 <= seed < 2**31 for seed in seeds):
+        raise UsageError(f"{told}: a seed lies between 0 and {2**31 - 1}")

@@ -9,9 +9,9 @@ DEPTHS = 3  # parts of the depth: the first third of the layers, the middle, the
 
 
 def hidden(log: pd.DataFrame) -> pd.DataFrame:
-    """Without routers, which are no hidden matrices; with the depth, 0 for the first layer to 1 for the last."""
+    """Without routers, which are no hidden matrices; with the number of layers, and a name for each matrix."""
     rows = log[log.projection != "gate"].copy()
-    rows["depth"] = (rows.layer / max(1, rows.layer.max())).astype(float)
+    rows["layers"] = rows.layer.max() + 1
     rows["matrix"] = rows.parameter + ":" + rows.expert.astype("string").fillna("")
     return rows
 
@@ -57,11 +57,17 @@ def gap_change(log: pd.DataFrame) -> float:
 
 
 def is_deep(rows: pd.DataFrame) -> pd.Series:
-    return rows.depth >= 1 - 1 / DEPTHS
+    """The last third of the layers, as many as `is_shallow` has: at least one."""
+    return rows.layer >= rows.layers - _third(rows)
 
 
 def is_shallow(rows: pd.DataFrame) -> pd.Series:
-    return rows.depth <= 1 / DEPTHS
+    """The first third of the layers, rounded down, but at least one."""
+    return rows.layer < _third(rows)
+
+
+def _third(rows: pd.DataFrame) -> pd.Series:
+    return (rows.layers // DEPTHS).clip(lower=1)
 
 
 def is_projection(name: str) -> Callable[[pd.DataFrame], pd.Series]:
@@ -71,14 +77,16 @@ def is_projection(name: str) -> Callable[[pd.DataFrame], pd.Series]:
 def growth_over_bound(log: pd.DataFrame) -> tuple[float, float]:
     """Growth of the spectral norm over the sum of the updates' norms: of the whole run, and second half over first.
 
-    The sum, which bounds the growth, is integrated by trapezoids over the logged steps. Means over matrices.
+    The sum, which bounds the growth, is integrated by trapezoids over the logged steps; before the first logged update
+    all are taken to be as large as that one. Means over matrices.
     """
     rows = hidden(log)
     shares, halves = [], []
     for _, matrix in rows.groupby("matrix"):
         matrix = matrix.sort_values("step")
         steps, norms = matrix.step.to_numpy(float), matrix.spectral_norm.to_numpy()
-        updates = np.nan_to_num(matrix.update_spectral_norm.to_numpy(float))
+        updates = np.array(matrix.update_spectral_norm, float)
+        updates[0] = updates[1]  # the initial weights have none
         bound = np.concatenate([[0.0], np.cumsum(np.diff(steps) * (updates[1:] + updates[:-1]) / 2)])
         middle = np.searchsorted(steps, steps[-1] / 2)
         first = (norms[middle] - norms[0]) / bound[middle]

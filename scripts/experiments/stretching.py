@@ -49,7 +49,8 @@ def _by_projection(comparison: Comparison) -> str:
     header = ["projection"]
     for arm in comparison.arms:
         header += [arm, f"{arm} against the others"]
-    return "By projection:\n\n" + markdown(header, rows)
+    note = f"The {len(rows) * len(comparison.arms)} p-values are not corrected for their number.\n"
+    return "By projection:\n\n" + markdown(header, rows) + "\n" + note
 
 
 def _whole_run(comparison: Comparison) -> str:
@@ -78,9 +79,11 @@ def _questions(comparison: Comparison) -> str:
     for arm, logs in comparison.logs.items():
         found = [spectra.collapse_step(log) for log in logs]
         for layer in found[0]:
-            steps = [one[layer] for one in found]
-            rows.append([arm, layer, _steps(steps)])
-    text = "First logged step at which a layer's mean entropy is 0.01 below its initial value, by seed:\n\n"
+            rows.append([arm, layer, _steps([one[layer] for one in found], [_first_log(log) for log in logs])])
+    text = (
+        "First logged step at which a layer's mean entropy is 0.01 below its initial value, by seed (it fell between "
+        "that log and the one before):\n\n"
+    )
     return text + markdown(["optimizer", "layer", "steps"], rows) + "\n" + _relation_to_loss(comparison)
 
 
@@ -90,7 +93,11 @@ def _relation_to_loss(comparison: Comparison) -> str:
     for arm, logs in comparison.logs.items():
         pairs = zip(logs, comparison.arms[arm], strict=True)
         cells.append(f"{arm} {mean([_correlation(log, record) for log, record in pairs]):+.2f}")
-    return f"Correlation of the mean spectral norm with the validation loss along a run: {', '.join(cells)}.\n"
+    return (
+        f"Correlation of the mean spectral norm with the validation loss along a run: {', '.join(cells)}. Norms grow "
+        "and losses fall along every run: two such series correlate whatever links them, so this shows no influence "
+        "of one on the other.\n"
+    )
 
 
 def _correlation(log: pd.DataFrame, record: Mapping) -> float:
@@ -105,5 +112,14 @@ def _percent(found: Mapping) -> str:
     return f"{found['mean']:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
-def _steps(steps: Sequence[int | None]) -> str:
-    return ", ".join("never" if step is None else str(step) for step in steps)
+def _first_log(log: pd.DataFrame) -> int:
+    """The first logged step of training: what happened before it shows only there."""
+    return int(log.step[log.step > 0].min())
+
+
+def _steps(steps: Sequence[int | None], first: Sequence[int]) -> str:
+    told = {None: "never"}
+    return ", ".join(
+        f"at or before {step}" if step == start else told.get(step, str(step))
+        for step, start in zip(steps, first, strict=True)
+    )

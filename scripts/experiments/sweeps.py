@@ -1,12 +1,14 @@
 """Runs as trials of an Optuna study: made once, by any number of workers, going on where an interruption cut them off.
 
-The study lives in a database that several machines can share, the records in files beside it.
+The study lives in a database and the records in files; machines that share a study share the folder of the records
+too: what is finished is read from there.
 """
 
 import itertools
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from uuid import uuid4
 
 import optuna
 import torch
@@ -26,6 +29,7 @@ from optuna.pruners import MedianPruner
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback
 
 from blueberry.errors import UsageError, run_script
@@ -54,12 +58,39 @@ class Laboratory:
         return self.folder / "runs"
 
     def open_storage(self) -> RDBStorage:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Raises UsageError for a folder or a database that cannot be opened."""
+        self._make_folder()
         url = self.storage or f"sqlite:///{self.folder / 'studies.sqlite'}"
         retry = RetryHeartbeatStaleTrialCallback(max_retry=2)
-        return RDBStorage(
-            url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, heartbeat_stale_trial_callback=retry
-        )
+        try:
+            return RDBStorage(
+                url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT, heartbeat_stale_trial_callback=retry
+            )
+        except (SQLAlchemyError, ImportError) as error:
+            told = re.sub("//[^@/]*@", "//...@", url)  # without a password
+            reason = str(error).splitlines()[0]
+            raise UsageError(
+                f"--storage {told}: {reason}; give a database's URL as SQLAlchemy writes it, and install its driver"
+            ) from error
+
+    def identity(self) -> str:
+        """By which a study knows the folder of its records, wherever a machine has mounted it."""
+        path = self.folder / ".laboratory"
+        with FileLock(self.queue):
+            if not path.is_file():
+                path.write_text(uuid4().hex)
+            return path.read_text()
+
+    @property
+    def queue(self) -> Path:
+        """A lock: on SQLite two workers could take the same trial."""
+        return self.folder / ".queue.lock"
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.folder}: {error.strerror}; name another folder") from error
 
 
 def grid(**values: Iterable[Any]) -> list[Point]:
@@ -92,6 +123,12 @@ def run_points(
 def open_study(name: str, arms: Mapping[str, Run], laboratory: Laboratory, **settings: Any) -> optuna.Study:
     """The study of that name, made if it is not there; `settings` are `optuna.create_study`'s."""
     study = optuna.create_study(storage=laboratory.open_storage(), study_name=name, load_if_exists=True, **settings)
+    home = laboratory.identity()
+    if study.user_attrs.get("folder", home) != home:
+        raise UsageError(
+            f"--output_dir {laboratory.folder}: study {name} has its records in another folder: share that one among "
+            "the machines, or take another --storage"
+        )
     described = json.dumps({arm: asdict(run) for arm, run in arms.items()}, sort_keys=True)
     if study.user_attrs.setdefault("arms", described) != described:
         raise UsageError(
@@ -99,6 +136,7 @@ def open_study(name: str, arms: Mapping[str, Run], laboratory: Laboratory, **set
             "arguments it was made with"
         )
     study.set_user_attr("arms", described)
+    study.set_user_attr("folder", home)
     return study
 
 
@@ -113,7 +151,7 @@ def tuned_rates(
     """The learning rate of each arm with the least validation loss, and the losses of all that were tried.
 
     A geometric grid around the arm's own rate, which goes on beyond its better end, at most `FURTHEST` steps, until
-    the best lies inside: then it has worse neighbours on both sides.
+    the best lies inside: then it has worse neighbours on both sides. `measures.at_the_edge` tells where it does not.
     """
     tried = {arm: [run.lr / factor, run.lr, run.lr * factor] for arm, run in arms.items()}
     for _ in range(FURTHEST + 1):
@@ -168,7 +206,7 @@ def _empty_queue(
     study = optuna.load_study(
         study_name=name, storage=laboratory.open_storage(), sampler=RandomSampler(), pruner=MedianPruner(FEWEST)
     )
-    queue = FileLock(laboratory.folder / ".queue.lock")  # on SQLite two workers could take the same trial
+    queue = FileLock(laboratory.queue)
 
     def objective(trial: optuna.Trial) -> float:
         queue.release()
