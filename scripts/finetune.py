@@ -64,6 +64,9 @@ def main() -> None:
         if not is_finished(trainer, checkpoint):
             train_llm.train(trainer, checkpoint, folder)
             train_llm.finish(trainer, data, settings)
+        elif trainer.is_world_process_zero():
+            train_llm.say_finished(trainer, checkpoint)
+            load_trained(trainer)
         if adapter_args.merge and trainer.is_world_process_zero():
             save_merged(trainer, Path(args.output_dir) / "merged")
 
@@ -133,6 +136,13 @@ def trainer_class():
             return super().create_optimizer(model)
 
     return LoraTrainer
+
+
+def load_trained(trainer) -> None:
+    """The adapter of a finished run, in place of the fresh one."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(trainer.model, load_peft_weights(trainer.args.output_dir))
 
 
 def save_merged(trainer, folder: Path) -> None:

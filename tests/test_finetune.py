@@ -66,6 +66,18 @@ def test_a_resumed_adapter_is_that_of_an_uninterrupted_run(base, small_corpus, s
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_a_finished_run_can_still_be_merged(base, small_corpus, script, tmp_path, capsys):
+    """With the adapter that was trained, not the fresh one of the new process."""
+    out = tmp_path / "adapter"
+    script("finetune.py", "--model", base, "--dataset", small_corpus, *LORA, "--output_dir", out)
+    script("finetune.py", "--output_dir", out, "--resume_from_checkpoint", "--merge", "true")
+    assert f"{out} is finished: 16 steps taken" in capsys.readouterr().out
+    adapted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out))
+    merged = logits(AutoModelForCausalLM.from_pretrained(out / "merged"))
+    assert (adapted - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-3
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
+
+
 def test_every_expert_has_an_orthonormal_factor_and_starts_at_zero():
     from peft import LoraConfig
 
