@@ -88,7 +88,7 @@ def set_up(adapter_args, data_args, tracking_args, args, folder):
     config = model.config
     data = prepare_data(data_args, vocab_size=config.get_text_config().vocab_size, max_positions=positions(config))
     print(data.description)
-    folder.identity = identity(args, config, data)
+    folder.identity = identity(args, config, data) | {"base": base_identity(model, adapter_args.model)}
     check_same_identity(folder.identity, folder.checkpoint)
     pushing = train_llm.pushes(args)
     set_seed(args.seed)
@@ -97,6 +97,14 @@ def set_up(adapter_args, data_args, tracking_args, args, folder):
         start_orthonormal(wrapped)
     callbacks = [folder, *train_llm.make_callbacks(wrapped, tracking_args, args), *pushing]
     return train_llm.make_trainer(wrapped, data, args, callbacks, trainer_class()), data
+
+
+def base_identity(model, source: str) -> str | None:
+    """Hash of the files in a folder, or the commit on the Hub: other weights may come under the same name."""
+    from blueberry.benchmarks import digest
+
+    files = sorted(Path(source).glob("*.safetensors"))
+    return digest(files) if files else model.config._commit_hash
 
 
 def lora_config(model, arguments: AdapterArguments):

@@ -1,5 +1,6 @@
 """scripts/finetune.py and prepare_data.py at toy size: adapters that train, resume, load, merge and travel."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -7,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_peft import EXPERTS, base_model
 from transformers import AutoModelForCausalLM
 
@@ -76,6 +77,26 @@ def test_a_finished_run_can_still_be_merged(base, small_corpus, script, tmp_path
     merged = logits(AutoModelForCausalLM.from_pretrained(out / "merged"))
     assert (adapted - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-3
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
+
+
+def test_another_adapter_or_base_is_no_way_to_go_on(base, small_corpus, script, tmp_path, capsys):
+    own = shutil.copytree(base, tmp_path / "own")
+    out = tmp_path / "adapter"
+    script("finetune.py", "--model", own, "--dataset", small_corpus, *LORA, "--output_dir", out)
+    more = ["--output_dir", out, "--resume_from_checkpoint", "--train_tokens", 8192]
+
+    def refused(*changed: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            script("finetune.py", *more, *changed)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    for name, value in {"lora_alpha": 64, "lora_r": 2, "lora_targets": "q_proj", "lora_experts": "false"}.items():
+        assert f"--{name} " in refused(f"--{name}", value)
+    assert f"--model {base}: the run of" in refused("--model", base)
+    weights = {name: tensor + 0.01 for name, tensor in load_file(own / "model.safetensors").items()}
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    assert "the weights of --model changed" in refused()
 
 
 def test_every_expert_has_an_orthonormal_factor_and_starts_at_zero():
