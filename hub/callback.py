@@ -4,7 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from huggingface_hub import HfApi
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -47,7 +50,12 @@ class PushToHubCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find out now whether the Hub will take it."""
+        """Find out now whether the Hub will take it. UsageError if not, or if there will be nothing to push."""
+        if self.strategy != HubStrategy.END and checkpoints_are_sharded():
+            raise UsageError(
+                f"--hub_strategy {self.strategy.value}: sharded checkpoints (SHARDED_STATE_DICT) hold no model that "
+                "could be pushed; set --hub_strategy end, or FULL_STATE_DICT"
+            )
         if state.is_world_process_zero:
             reserve(self.destination)
 
@@ -59,7 +67,7 @@ class PushToHubCallback(TrainerCallback):
         try:
             bundle = self._bundle(Path(args.output_dir), checkpoint)
             push(self.destination, bundle.files, f"Training in progress, step {state.global_step}", owned=OWNED[:3])
-        except UsageError as error:
+        except (OSError, ValueError) as error:  # files that cannot be read, and UsageError
             logger.warning("step %d was not pushed: %s", state.global_step, error)
 
     def finish(self, run: Path) -> str:
@@ -76,6 +84,14 @@ class PushToHubCallback(TrainerCallback):
             bundle.files |= {f"{name}/{path}": file for path, file in _resumable(checkpoint, bundle, scrub).items()}
         check_clean(bundle.files, scrub)
         return bundle
+
+
+def checkpoints_are_sharded() -> bool:
+    """Whether FSDP writes what each process has by itself."""
+    state = AcceleratorState()
+    if state.distributed_type != DistributedType.FSDP:
+        return False
+    return state.fsdp_plugin.state_dict_type != StateDictType.FULL_STATE_DICT
 
 
 def _resumable(checkpoint: Path, bundle: Bundle, scrub: Scrubber) -> dict[str, Path]:
