@@ -14,11 +14,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from blueberry.errors import UsageError
 from blueberry.training.checkpoints import STATE
 from blueberry.training.manifest import MANIFEST, write_manifest
+from blueberry.training.reading import local_arguments
+from blueberry.training.run_folder import read_yaml
 
 from .bundle import OWNED, Bundle, check_clean, model_files, scrubbed
 from .events import scrubbed_events
 from .publish import publish
 from .push import Destination, explained, push, reserve
+from .run import CONFIG
 from .scrub import Scrubber
 from .sharding import sharded
 
@@ -75,7 +78,9 @@ class PushToHubCallback(TrainerCallback):
         return publish([run], self.destination).commit_url
 
     def _bundle(self, run: Path, checkpoint: Path) -> Bundle:
-        scrub = Scrubber(run, public=self.destination.account, tokens=(self.destination.token,))
+        settings = read_yaml(run / CONFIG) if (run / CONFIG).is_file() else {}
+        paths = [settings[name] for name in local_arguments(settings)]
+        scrub = Scrubber(run, public=self.destination.account, tokens=(self.destination.token,), paths=paths)
         bundle = Bundle()
         bundle.files |= model_files(checkpoint, scrub) | sharded(checkpoint, Path(bundle.scratch.name), "5GB")
         bundle.files |= {f"runs/{name}": text for name, text in scrubbed_events(run / "runs", scrub).items()}

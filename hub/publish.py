@@ -20,7 +20,8 @@ def prepare(
     runs: Sequence[Run], repo_id: str, licence: str = LICENCE, max_shard_size: str = "5GB", token: str | None = None
 ) -> tuple[Bundle, CardMaker]:
     """What can be done, and can fail, without the Hub: the files, and what makes a card from the one that is there."""
-    scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,))
+    paths = [path for run in runs for path in run.local_paths]
+    scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,), paths=paths)
     bundle = bundle_of(runs[0], scrub, max_shard_size)
     generated = card_of(runs, repo_id, licence, bundle.figures)
     local = runs[0].folder / CARD

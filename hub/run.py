@@ -13,6 +13,7 @@ from blueberry.benchmarks import digest, read_record
 from blueberry.errors import UsageError
 from blueberry.spectral.log import FOLDER as SPECTRAL_LOG
 from blueberry.spectral.log import SpectralLog
+from blueberry.training.reading import is_local_path, local_arguments
 
 CONFIG, MODEL_CONFIG, RESULTS, PROVENANCE = "config.yaml", "config.json", "eval_results.json", "provenance.json"
 AUDIT = "optimizer_audit.json"
@@ -74,10 +75,23 @@ class Run:
         return "peft_type" in self.config
 
     @property
+    def local_paths(self) -> list[str]:
+        """The arguments that named files or folders."""
+        made = self.provenance
+        names = made["local"] if "local" in made else local_arguments(self.settings)  # of a run of an older version
+        return [self.settings[name] for name in names if name in self.settings]
+
+    @property
+    def base_is_local(self) -> bool:
+        """Of an adapter: whether its model was read from a folder."""
+        name = self.config["base_model_name_or_path"]
+        return name in self.local_paths or is_local_path(name) or Path(name).is_dir()
+
+    @property
     def base(self) -> str:
         """Of an adapter: the Hub id of its model, or the name of the folder that it was read from."""
         name = self.config["base_model_name_or_path"]
-        return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+        return Path(name).name if self.base_is_local else name
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:

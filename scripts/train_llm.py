@@ -302,7 +302,7 @@ def finish(trainer, data, settings) -> None:
         return
     folder = Path(trainer.args.output_dir)
     write_json(folder / EVAL_RESULTS, metrics)
-    write_json(folder / PROVENANCE, provenance(trainer, data))
+    write_json(folder / PROVENANCE, provenance(trainer, data, settings))
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     board = trainer.pop_callback(TensorBoardCallback)
     if board is not None:

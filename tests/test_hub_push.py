@@ -366,7 +366,17 @@ def test_a_leak_stops_the_push(runs, tmp_path):
     with pytest.raises(UsageError, match=r"runs/x holds a local path: nothing was uploaded"):
         bundling.check_clean({"runs/x": f"in {tmp_path}/y".encode()}, Scrubber(tmp_path))
     with pytest.raises(UsageError, match="holds a token"):
-        bundling.check_clean({"a": b"hf_abcdefghijk"}, Scrubber())
+        bundling.check_clean({"a": b"hf_abcdefghijklmnop"}, Scrubber())
+
+
+@pytest.mark.parametrize("name", ["states", "model", "train", "transformers", "research", "Jordan"])
+def test_a_user_or_host_whose_name_is_a_word_can_push(runs, script, capsys, monkeypatch, name):
+    """Code, card and vocabulary hold it."""
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    monkeypatch.setattr("getpass.getuser", lambda: name)
+    monkeypatch.setenv("DB_PASSWORD", name)
+    script("push_to_hub.py", "--run", runs["moe"], "--repo_id", "ann/moe", "--dry_run")
+    assert "README.md" in capsys.readouterr().out
 
 
 def test_spectra_of_a_pushed_model_are_analysed_by_its_id(hub, runs, script, tmp_path):
