@@ -37,6 +37,15 @@ def test_deleted_pieces_stay_deleted_and_own_ones_keep_their_place():
     assert list(split(theirs)[1]) == ["", "Results", "Thanks", "Licence"]
 
 
+@pytest.mark.parametrize("added", ["\n## My notes\n\nMine.\n", "Mine.\n", "\r\n\r\nMine."])
+def test_text_at_the_bottom_stays_and_hinders_no_later_card(added):
+    theirs = merged(CARD, None) + added
+    for number in ("2.0", "3.0"):
+        theirs = merged(CARD.replace("1.0", number), theirs)
+        assert number in theirs and theirs.count("Mine.") == 1
+        assert theirs.count("<!-- blueberry") == 1 and theirs.rstrip().endswith("-->")
+
+
 def test_new_pieces_come_after_those_that_they_follow():
     more = NEW.replace("## Licence", "## Spectra\n\nsigma\n\n## Licence")
     assert list(split(merged(more, merged(CARD, None)))[1]) == ["", "Use", "Results", "Spectra", "Licence"]
