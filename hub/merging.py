@@ -1,7 +1,8 @@
 """A new card and the one that a user edited: what the user changed stays, what they left is brought up to date.
 
 The last line of a generated card is a comment with a hash of everything generated, by which the next one knows what
-was edited; text that a user adds may come behind it. Pieces are the keys of the metadata and the sections under `##` headings (and what comes before the first).
+was edited; text that a user adds may come behind it. Pieces are the keys of the metadata and the sections under `##`
+headings (and what comes before the first).
 """
 
 import hashlib

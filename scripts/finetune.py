@@ -81,30 +81,41 @@ def set_up(adapter_args, data_args, tracking_args, args, folder):
     from blueberry.training.data import prepare_data
     from blueberry.training.loading import load_model
     from blueberry.training.model import positions
+    from blueberry.training.reading import id_and_revision
     from blueberry.training.resuming import check_same_identity, identity
 
     model = load_model(adapter_args.model, trust_remote_code=adapter_args.trust_remote_code, dtype="float32")
-    data_args.tokenizer = data_args.tokenizer or adapter_args.model.partition("@")[0]
+    data_args.tokenizer = data_args.tokenizer or adapter_args.model
     config = model.config
     data = prepare_data(data_args, vocab_size=config.get_text_config().vocab_size, max_positions=positions(config))
     print(data.description)
-    folder.identity = identity(args, config, data) | {"base": base_identity(model, adapter_args.model)}
+    folder.identity = identity(args, config, data) | {"base": base_identity(adapter_args.model)}
     check_same_identity(folder.identity, folder.checkpoint)
     pushing = train_llm.pushes(args)
     set_seed(args.seed)
-    wrapped = get_peft_model(model, lora_config(model, adapter_args))
+    revision = id_and_revision(adapter_args.model)[1]
+    wrapped = get_peft_model(
+        model, lora_config(model, adapter_args), revision=None if revision == "main" else revision
+    )
     if args.optimizer == "manifold":
         start_orthonormal(wrapped)
     callbacks = [folder, *train_llm.make_callbacks(wrapped, tracking_args, args), *pushing]
     return train_llm.make_trainer(wrapped, data, args, callbacks, trainer_class()), data
 
 
-def base_identity(model, source: str) -> str | None:
+def base_identity(source: str) -> str | None:
     """Hash of the files in a folder, or the commit on the Hub: other weights may come under the same name."""
-    from blueberry.benchmarks import digest
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
 
-    files = sorted(Path(source).glob("*.safetensors"))
-    return digest(files) if files else model.config._commit_hash
+    from blueberry.benchmarks import digest
+    from blueberry.training.reading import id_and_revision
+
+    if files := sorted(Path(source).glob("*.safetensors")):
+        return digest(files)
+    name, revision = id_and_revision(source)
+    config = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return extract_commit_hash(config, None)
 
 
 def lora_config(model, arguments: AdapterArguments):

@@ -33,8 +33,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     settings = parse_arguments()
+    from hub.card import loading
     from hub.publish import publish
     from hub.push import Destination
+    from hub.run import Run
 
     folders = [Path(folder) for folder in settings.run.split(",")]
     if settings.card_only:
@@ -46,7 +48,7 @@ def main() -> None:
         return show(folders, settings)
     commit = publish(folders, destination, licence=settings.license, max_shard_size=settings.max_shard_size)
     print(f"pushed to {commit.pr_url or commit.commit_url}")
-    print(f'load it: AutoModelForCausalLM.from_pretrained("{settings.repo_id}", trust_remote_code=True)')
+    print(f"load it: {loading(Run.read(folders[0]), settings.repo_id)}")
     return None
 
 

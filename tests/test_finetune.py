@@ -1,5 +1,6 @@
 """scripts/finetune.py and prepare_data.py at toy size: adapters that train, resume, load, merge and travel."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,68 @@ def test_prepared_windows_are_pushed_and_trained_on(hub, base, small_corpus, scr
     assert pd.read_parquet(path).input_ids.map(len).eq(32).all()
     script("finetune.py", "--model", base, "--dataset", tmp_path / "windows", *LORA, "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def on_hub(hub, base, script) -> str:
+    """The base model as ann/moe, and branch `first` of it; main is another model, without a tokenizer."""
+    script("push_to_hub.py", "--run", base, "--repo_id", "ann/moe")
+    api = HfApi()
+    api.create_branch("ann/moe", branch="first")
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        api.delete_file(name, "ann/moe")
+    return "ann/moe@first"
+
+
+def card_of(repo_id: str, folder: Path) -> str:
+    HfApi().snapshot_download(repo_id, local_dir=folder)
+    return (folder / "README.md").read_text()
+
+
+def test_an_adapter_of_a_model_on_the_hub_names_its_revision(on_hub, base, small_corpus, script, tmp_path, capsys):
+    """Model and tokenizer are those of the revision; the card's code loads the same model elsewhere."""
+    out = tmp_path / "adapter"
+    script("finetune.py", "--model", on_hub, "--dataset", small_corpus, *LORA, "--output_dir", out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("ann/moe", "first")
+    assert (
+        json.loads((out / "identity.json").read_text())["base"] == HfApi().repo_info("ann/moe", revision="first").sha
+    )
+    script("push_to_hub.py", "--run", out, "--repo_id", "ann/adapter")
+    card = card_of("ann/adapter", tmp_path / "all")
+    said = ('PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("ann/moe", revision="first", '
+            'trust_remote_code=True), "ann/adapter")')  # fmt: skip
+    assert f"model = {said}\n" in card and f"load it: {said}\n" in capsys.readouterr().out
+    assert "base_model: ann/moe\n" in card and "stands for the folder" not in card
+    loaded = eval(said, {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM})
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    assert torch.equal(logits(loaded), logits(trained))
+
+
+def test_a_folder_may_have_an_at_in_its_name(base, tmp_path):
+    from blueberry.training.loading import load_model, load_tokenizer
+    from blueberry.training.tokenization import load_tokenizer as load_fast_tokenizer
+
+    folder = str(shutil.copytree(base, tmp_path / "a@b"))
+    assert torch.equal(logits(load_model(folder)), logits(load_model(str(base))))
+    assert len(load_tokenizer(folder)) == len(load_fast_tokenizer(folder)) == 300
+
+
+def test_an_adapter_of_a_folder_claims_no_model_on_the_hub(hub, base, small_corpus, script, tmp_path, monkeypatch):
+    """results/demo looks like an id; pushed from another folder, where it is not there, it still is none."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(base, "results/demo")
+    script("finetune.py", "--model", "results/demo", "--dataset", small_corpus, *LORA, "--output_dir", "adapter")
+    monkeypatch.chdir(tmp_path)
+    script("push_to_hub.py", "--run", "here/adapter", "--repo_id", "ann/adapter")
+    card = card_of("ann/adapter", tmp_path / "all")
+    assert "base_model:" not in card and "`demo` stands for the folder" in card
+    assert (
+        'import blueberry\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("demo"),' in card
+    )
+    for path in (tmp_path / "all").rglob("*"):
+        assert not path.is_file() or b"results/demo" not in path.read_bytes(), path
 
 
 def test_an_adapter_is_pushed_while_training_and_loaded_from_the_hub(hub, base, small_corpus, script, tmp_path):

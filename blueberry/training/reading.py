@@ -214,6 +214,14 @@ def is_local_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def id_and_revision(source: str) -> tuple[str, str]:
+    """ID@REVISION, or ID for main; a folder may have an @ in its name."""
+    if Path(source).is_dir():
+        return source, "main"
+    name, _, revision = source.partition("@")
+    return name, revision or "main"
+
+
 def local_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that were files or folders, not ids on the Hub: both may be written a/b."""
     texts = {name: value for name, value in settings.items() if isinstance(value, str) and len(value) < 256}
