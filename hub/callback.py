@@ -17,10 +17,10 @@ from blueberry.training.manifest import MANIFEST, write_manifest
 from blueberry.training.reading import local_arguments
 from blueberry.training.run_folder import read_yaml
 
-from .bundle import OWNED, Bundle, check_clean, model_files, scrubbed
+from .bundle import Bundle, check_clean, is_of_a_model, model_files, scrubbed
 from .events import scrubbed_events
 from .publish import publish
-from .push import Destination, explained, push, reserve
+from .push import Destination, insist, push, reserve
 from .run import CONFIG
 from .scrub import Scrubber
 from .sharding import sharded
@@ -34,9 +34,12 @@ def destination_of(args: TrainingArguments) -> Destination:
     """Where `args` push to: the account of the token and the name of the folder, unless `hub_model_id` says more."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     if "/" not in name:
-        with explained(name):
-            name = f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
-    return Destination(name, revision=args.hub_revision, private=bool(args.hub_private_repo), token=args.hub_token)
+        whoami = HfApi(token=args.hub_token).whoami
+        name = f"{insist(whoami, f'--hub_model_id {name}', args.hub_token)['name']}/{name}"
+    return Destination(
+        name, revision=args.hub_revision, private=bool(args.hub_private_repo), token=args.hub_token,
+        argument="--hub_model_id",
+    )  # fmt: skip
 
 
 class PushToHubCallback(TrainerCallback):
@@ -69,7 +72,8 @@ class PushToHubCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         try:
             bundle = self._bundle(Path(args.output_dir), checkpoint)
-            push(self.destination, bundle.files, f"Training in progress, step {state.global_step}", owned=OWNED[:3])
+            message = f"Training in progress, step {state.global_step}"
+            push(self.destination, bundle.files, message, replaces=is_of_a_model)
         except (OSError, ValueError) as error:  # files that cannot be read, and UsageError
             logger.warning("step %d was not pushed: %s", state.global_step, error)
 
@@ -105,7 +109,7 @@ def _resumable(checkpoint: Path, bundle: Bundle, scrub: Scrubber) -> dict[str, P
     folder.mkdir()
     for path in checkpoint.iterdir():
         if path.name == STATE:
-            (folder / path.name).write_bytes(scrubbed(path.read_bytes(), scrub))
+            (folder / path.name).write_bytes(scrubbed(path, scrub))
         elif path.name not in (MANIFEST, "training_args.bin"):
             (folder / path.name).symlink_to(path.resolve())
     write_manifest(folder)

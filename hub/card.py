@@ -172,7 +172,7 @@ def _architecture(run: Run) -> dict[str, str]:
         return {"type": f"{config['peft_type']} of rank {config['r']}, alpha {config['lora_alpha']:g}",
                 "base model": run.base, "reaches": ", ".join(sorted(reached)),
                 "parameters": f"{run.parameters:,}"}  # fmt: skip
-    rows = {"type": f"`{config['architectures'][0]}`, a {_kind(run)}", "parameters": f"{run.parameters:,}"}
+    rows = {"type": f"{_architecture_name(config)}, a {_kind(run)}", "parameters": f"{run.parameters:,}"}
     if config.get("num_experts"):
         rows["parameters that a token meets"] = f"{run.active_parameters:,}"
         rows["width of an expert"] = str(config.get("moe_intermediate_size"))
@@ -182,6 +182,10 @@ def _architecture(run: Run) -> dict[str, str]:
     rows["activation"] = str(config.get("hidden_act"))
     rows["embeddings"] = "tied" if config.get("tie_word_embeddings") else "separate"
     return rows
+
+
+def _architecture_name(config: dict[str, Any]) -> str:
+    return f"`{(config.get('architectures') or [config.get('model_type')])[0]}`"
 
 
 def _data(run: Run) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from .bundle import OWNED, Bundle, bundle_of, check_clean
+from .bundle import Bundle, bundle_of, check_clean, is_of_a_run
 from .card import card_of
 from .merging import merged
-from .push import CARD, Destination, push
+from .push import CARD, Destination, push, read_card
 from .run import Run
 from .scrub import Scrubber
 
@@ -25,7 +25,7 @@ def prepare(
     bundle = bundle_of(runs[0], scrub, max_shard_size)
     generated = card_of(runs, repo_id, licence, bundle.figures)
     local = runs[0].folder / CARD
-    own = local.read_text() if local.is_file() else None
+    own = read_card(local) if local.is_file() else None
 
     def card(theirs: str | None) -> str:
         text = merged(generated, own if theirs is None else theirs)
@@ -54,6 +54,6 @@ def publish(
         destination,
         bundle.files,
         message or f"Upload {read[0].folder.resolve().name}, trained with Blueberry",
-        owned=OWNED,
+        replaces=is_of_a_run,
         card=card,
     )

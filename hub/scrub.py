@@ -6,6 +6,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,13 @@ class Scrubber:
             return {key: self.value(item) for key, item in value.items()}
         return [self.value(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def leak(self, content: bytes) -> str | None:
+    def leak(self, content: bytes | mmap) -> str | None:
         """What of this machine is still in `content`, in words; None if nothing is."""
-        if any(secret.encode() in content for secret in self.secrets) or re.search(TOKEN.pattern.encode(), content):
+        if any(_holds(content, re.escape(secret)) for secret in self.secrets) or _holds(content, TOKEN.pattern):
             return "a token"
         if any(_holds_folder(content, folder) for folder in self.folders):
             return "a local path"
-        if any(re.search(place.pattern.encode(), content) for place in self.places):
+        if any(_holds(content, place.pattern) for place in self.places):
             return "the name of the user or the machine"
         return None
 
@@ -112,9 +113,11 @@ def _place(name: str) -> str:
     return rf"(?:{before}){name}|{name}(?:{after})"
 
 
-def _holds_folder(content: bytes, folder: str) -> bool:
+def _holds(content: bytes | mmap, pattern: str) -> bool:
+    return re.search(pattern.encode(), content) is not None
+
+
+def _holds_folder(content: bytes | mmap, folder: str) -> bool:
     """A folder at the root, such as /data, may be a part of an address."""
-    if len(folder) <= 4 or folder.encode() not in content:
-        return False
-    alone = rb"(?<![\w.~/-])" + re.escape(folder.encode()) + rb"/\w"
-    return folder.count("/") > 1 or re.search(alone, content) is not None
+    alone = re.escape(folder) if folder.count("/") > 1 else rf"(?<![\w.~/-]){re.escape(folder)}/\w"
+    return len(folder) > 4 and _holds(content, alone)

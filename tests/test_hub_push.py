@@ -168,6 +168,22 @@ def test_a_later_push_leaves_nothing_of_the_former_behind(hub, runs, script):
     assert "model.safetensors" in after
 
 
+def test_files_of_users_stay_and_those_of_another_model_go(hub, runs, script, small_corpus, tmp_path):
+    api, base = HfApi(), runs["dense"]
+    lora = ["--dataset", small_corpus, "--validation_fraction", 0.2, "--max_steps", 1, "--save_strategy", "no"]
+    script("finetune.py", "--model", base, *lora, "--use_cpu", "true", "--output_dir", tmp_path / "adapter")
+    script("push_to_hub.py", "--run", runs["moe"], "--repo_id", "ann/moe")
+    for path in ("figures/mine.png", "spectral_log/mine.txt", "model_notes.safetensors"):
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo=path, repo_id="ann/moe")
+    mine = {"figures/mine.png", "spectral_log/mine.txt", "model_notes.safetensors"}
+    model = {"config.json", "model.safetensors", "generation_config.json", "modeling_blueberry.py"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    for run, comes, goes in ((tmp_path / "adapter", adapter, model), (runs["moe"], model, adapter)):
+        script("push_to_hub.py", "--run", run, "--repo_id", "ann/moe")
+        there = set(api.list_repo_files("ann/moe"))
+        assert mine | comes <= there and not goes & there
+
+
 def test_shards_hold_the_model(hub, runs, script, tmp_path):
     from blueberry import BlueberryForCausalLM
 
@@ -260,7 +276,7 @@ def test_a_dry_run_lists_what_would_go_and_asks_nothing(hub, runs, script, capsy
         ([], "--repo_id is missing"),
         (["--repo_id", "ann/moe", "--create_pr", "--revision", "dev"], "leave one out"),
         (["--repo_id", "ann/moe", "--max_shard_size", "5"], "write a size such as 5GB"),
-        (["--repo_id", "bob/moe"], "may not write to bob/moe (403)"),
+        (["--repo_id", "bob/moe"], "--repo_id bob/moe: this token may not write there (403)"),
         (["--repo_id", "ann/data"], "is a dataset on the Hub"),
         (["--repo_id", "ann/Taken"], "the name is taken (409)"),
     ],
@@ -276,7 +292,7 @@ def test_wrong_arguments_are_refused_in_one_line(hub, runs, script, capsys, give
 @pytest.mark.parametrize(
     ("token", "expected"),
     [(None, "wants a token: run `hf auth login`"), ("hf_WRONG", "does not know this token (401)"),
-     (READ_TOKEN, "may not write to ann/moe (403)"), (OTHER_TOKEN, "may not write to ann/moe (403)")],
+     (READ_TOKEN, "may not write there (403)"), (OTHER_TOKEN, "may not write there (403)")],
 )  # fmt: skip
 def test_tokens_that_do_not_do_are_refused_in_one_line(hub, runs, script, capsys, monkeypatch, token, expected):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
@@ -347,15 +363,15 @@ def test_an_edit_between_reading_and_writing_is_seen(hub, runs, monkeypatch):
 
     api = HfApi()
     publish([runs["moe"]], Destination("ann/moe"))
-    read, edits = pushing._read_card, [b"---\nlicense: mit\n---\n\n## Mine\n\nIn between.\n"]
+    download, edits = pushing._download, [b"---\nlicense: mit\n---\n\n## Mine\n\nIn between.\n"]
 
-    def read_then_edit(*arguments):
-        card = read(*arguments)
-        if edits:
+    def download_then_edit(*arguments):
+        path = download(*arguments)
+        if edits and path.name == "README.md":
             api.upload_file(path_or_fileobj=edits.pop(), path_in_repo="README.md", repo_id="ann/moe")
-        return card
+        return path
 
-    monkeypatch.setattr(pushing, "_read_card", read_then_edit)
+    monkeypatch.setattr(pushing, "_download", download_then_edit)
     publish([runs["moe_2"]], Destination("ann/moe"))
     assert "In between." in Path(api.hf_hub_download("ann/moe", "README.md")).read_text()
 

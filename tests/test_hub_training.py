@@ -32,6 +32,8 @@ def test_training_pushes_by_each_strategy(hub, arguments, script, tmp_path, stra
     expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-16", "checkpoint-32"}}
     assert folders == expected.get(strategy, set())
     assert all(flaw(tmp_path / "all" / folder) is None for folder in folders)
+    local = [path for path in out.rglob("*") if path.is_file()]
+    assert not [path for path in local if TOKEN.encode() in path.read_bytes()]
     for path, content in files.items():
         assert not [secret for secret in (HOST, TOKEN, str(tmp_path), "pytest-of-") if secret.encode() in content], (
             path
@@ -67,8 +69,22 @@ def test_training_that_may_not_push_does_not_start(hub, arguments, script, tmp_p
     with pytest.raises(SystemExit) as stopped:
         script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", "--push_to_hub", "true",
                "--hub_model_id", "bob/live")  # fmt: skip
-    assert stopped.value.code == 2 and "may not write to bob/live (403)" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2
+        and "--hub_model_id bob/live: this token may not write there (403)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("status", [500, 0])
+def test_a_hub_that_does_not_tell_the_account_is_an_error_of_one_line(
+    hub, arguments, script, tmp_path, capsys, status
+):
+    hub.fail("GET", "/whoami", status, times=9)
+    with pytest.raises(SystemExit) as stopped:
+        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", "--push_to_hub", "true",
+               "--hub_model_id", "live")  # fmt: skip
+    assert stopped.value.code == 2 and "error: the Hub failed" in capsys.readouterr().err
 
 
 def push_sharded(rank: int, folder: Path) -> str:
