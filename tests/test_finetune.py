@@ -150,6 +150,60 @@ def test_prepared_windows_are_pushed_and_trained_on(hub, base, small_corpus, scr
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_windows_of_the_hub_are_trained_on_by_their_id(hub, base, small_corpus, script, tmp_path, monkeypatch):
+    import datasets
+
+    given = ["--dataset", small_corpus, "--tokenizer", base, "--max_length", 32, "--validation_fraction", 0.2]
+    script("prepare_data.py", *given, "--output_dir", tmp_path / "windows", "--push_to_hub", "ann/windows")
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    for data, out in (("ann/windows", "hub"), (tmp_path / "windows", "folder")):
+        script("finetune.py", "--model", base, "--dataset", data, *LORA, "--output_dir", tmp_path / out)
+    one, other = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("hub", "folder"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "hub" / "provenance.json").read_text())["dataset"] == "ann/windows"
+
+
+def test_a_failed_push_of_windows_goes_on_where_it_stopped(hub, base, small_corpus, script, tmp_path, capsys,
+                                                           monkeypatch):  # fmt: skip
+    monkeypatch.setattr("hub.push.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    out = tmp_path / "data" / "windows"
+    given = ["--dataset", small_corpus, "--tokenizer", base, "--max_length", 32, "--validation_fraction", 0.2,
+             "--output_dir", out, "--push_to_hub"]  # fmt: skip
+
+    def refused(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            script("prepare_data.py", *arguments)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--push_to_hub windows has no account" in refused(*given, "windows")
+    assert "--push_to_hub bob/windows: this token may not write there (403)" in refused(*given, "bob/windows")
+    assert not out.exists()  # no work was done
+    hub.fail("POST", "/commit/", 500, times=9)
+    assert "the same command goes on" in refused(*given, "ann/windows") and out.is_dir()
+    hub._failures.clear()
+    made = (out / "prepared.json").stat().st_mtime_ns
+    script("prepare_data.py", *given, "ann/windows")
+    assert (out / "prepared.json").stat().st_mtime_ns == made
+    assert "README.md" in HfApi().list_repo_files("ann/windows", repo_type="dataset")
+    assert "holds no windows of these arguments" in refused(*given, "ann/windows", "--max_length", 16)
+    assert [path.name for path in out.parent.iterdir()] == ["windows"]
+
+
+def test_windows_are_searched_for_leaks_before_they_are_pushed(hub, base, small_corpus, script, tmp_path, capsys,
+                                                               monkeypatch):  # fmt: skip
+    monkeypatch.setenv("LAB_PASSWORD", "swordfish-12")
+    secret = shutil.copytree(small_corpus, tmp_path / "swordfish-12")
+    given = ["--dataset", secret, "--tokenizer", base, "--max_length", 32, "--validation_fraction", 0.2]
+    with pytest.raises(SystemExit):
+        script("prepare_data.py", *given, "--output_dir", tmp_path / "out", "--push_to_hub", "ann/windows")
+    assert "README.md holds a token: nothing was uploaded" in capsys.readouterr().err
+    assert HfApi().list_repo_files("ann/windows", repo_type="dataset") == [".gitattributes"]
+
+
 @pytest.fixture
 def on_hub(hub, base, script) -> str:
     """The base model as ann/moe, and branch `first` of it; main is another model, without a tokenizer."""
@@ -210,6 +264,43 @@ def test_an_adapter_of_a_folder_claims_no_model_on_the_hub(hub, base, small_corp
     )
     for path in (tmp_path / "all").rglob("*"):
         assert not path.is_file() or b"results/demo" not in path.read_bytes(), path
+
+
+FOREIGN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_others_runs_only_when_told(hub, base, small_corpus, script, tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 24, "max_position_embeddings": 64}  # fmt: skip
+    folder = tmp_path / "own"
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(FOREIGN_CODE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    HfApi().create_repo("bob/own", token="hf_BOB")
+    HfApi().upload_folder(repo_id="bob/own", folder_path=folder, token="hf_BOB")
+    given = ["--model", "bob/own", "--dataset", small_corpus, *LORA, "--lora_experts", "false"]
+    with pytest.raises(SystemExit) as stopped:
+        script("finetune.py", *given, "--output_dir", tmp_path / "out")
+    assert stopped.value.code == 2 and "trust_remote_code" in capsys.readouterr().err
+    script("finetune.py", *given, "--output_dir", tmp_path / "out", "--trust_remote_code", "true")
+    script("push_to_hub.py", "--run", tmp_path / "out", "--repo_id", "ann/adapter")
+    expected = 'AutoModelForCausalLM.from_pretrained("bob/own", trust_remote_code=True), "ann/adapter")'
+    assert expected in card_of("ann/adapter", tmp_path / "all")
 
 
 def test_an_adapter_is_pushed_while_training_and_loaded_from_the_hub(hub, base, small_corpus, script, tmp_path):
