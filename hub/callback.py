@@ -45,9 +45,10 @@ def destination_of(args: TrainingArguments) -> Destination:
 class PushToHubCallback(TrainerCallback):
     """Pushes the model of every checkpoint, and with `checkpoint` or `all_checkpoints` what to resume it from too.
 
-    Training waits for a push; one that fails is a warning, and the next one brings everything. `finish` pushes the
-    finished run with its card. It takes the place of Trainer's own pushing, which would upload pickled arguments and
-    names of hosts and folders: leave `push_to_hub` of the arguments unset beside it.
+    Training waits for a push; one that fails is a warning, and the next one brings everything. With `end` it pushes
+    nothing until `finish` is called, which pushes the folder of a finished run with its card. It takes the place of
+    Trainer's own pushing, which would upload pickled arguments and names of hosts and folders: leave `push_to_hub` of
+    the arguments unset beside it.
     """
 
     def __init__(self, destination: Destination, strategy: HubStrategy | str = HubStrategy.EVERY_SAVE):

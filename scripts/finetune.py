@@ -122,12 +122,11 @@ def lora_config(model, arguments: AdapterArguments):
     """Attention by default, and the experts by the names of their parameters."""
     from peft import LoraConfig
 
-    names = {module for module, _ in model.named_modules()}
     targets = arguments.lora_targets
     if targets == ["all-linear"]:
         targets = "all-linear"
-    elif missing := [target for target in targets if not any(name.split(".")[-1] == target for name in names)]:
-        raise UsageError(f"--lora_targets {missing[0]}: the model has no module of this name; see its config")
+    else:
+        check_targets(model, targets)
     experts = sorted({name.split(".layers.")[-1].partition(".")[2] for name, parameter in model.named_parameters()
                       if EXPERTS in name and parameter.ndim == 3})  # fmt: skip
     if arguments.lora_experts and not experts:
@@ -136,6 +135,18 @@ def lora_config(model, arguments: AdapterArguments):
         r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets, task_type="CAUSAL_LM",
         target_parameters=experts if arguments.lora_experts else None,
     )  # fmt: skip
+
+
+def check_targets(model, targets: list[str]) -> None:
+    """Raises UsageError, with the names of the model's matrices, where one of `targets` is no module of it."""
+    import torch
+
+    modules = {name.split(".")[-1]: module for name, module in model.named_modules()}
+    matrices = [name for name, module in modules.items() if not isinstance(module, torch.nn.Embedding)
+                and any(parameter.ndim == 2 for parameter in module.parameters(recurse=False))]  # fmt: skip
+    if missing := [target for target in targets if target not in modules]:
+        raise UsageError(f"--lora_targets {missing[0]}: the model has no module of this name; choose from "
+                         f"{', '.join(matrices)}, or write all-linear")  # fmt: skip
 
 
 def trainer_class():

@@ -139,6 +139,23 @@ def test_bad_arguments_are_refused_in_one_line(base, small_corpus, script, capsy
     assert stopped.value.code == 2 and expected in capsys.readouterr().err
 
 
+def test_models_of_other_names_are_told_theirs(base, small_corpus, script, tmp_path, capsys):
+    """GPT-2 has no q_proj; nor has it positions for the whole sample at the end."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    given = ["--model", folder, "--dataset", small_corpus, *LORA, "--lora_experts", "false"]
+    with pytest.raises(SystemExit) as stopped:
+        script("finetune.py", *given, "--output_dir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "choose from c_attn, c_proj, c_fc, lm_head, or write all-linear" in said
+    script("finetune.py", *given, "--output_dir", tmp_path / "out", "--lora_targets", "all-linear")
+    assert "Sample: The" in capsys.readouterr().out
+
+
 def test_prepared_windows_are_pushed_and_trained_on(hub, base, small_corpus, script, tmp_path):
     given = ["--dataset", small_corpus, "--tokenizer", base, "--max_length", 32, "--validation_fraction", 0.2]
     script("prepare_data.py", *given, "--output_dir", tmp_path / "windows", "--push_to_hub", "ann/windows")
