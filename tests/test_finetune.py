@@ -1,6 +1,7 @@
 """scripts/finetune.py and prepare_data.py at toy size: adapters that train, resume, load, merge and travel."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -271,7 +272,9 @@ def test_an_adapter_of_a_folder_claims_no_model_on_the_hub(hub, base, small_corp
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shutil.copytree(base, "results/demo")
-    script("finetune.py", "--model", "results/demo", "--dataset", small_corpus, *LORA, "--output_dir", "adapter")
+    shutil.copytree(small_corpus, "secret/corpus")
+    script("finetune.py", "--model", "results/demo", "--dataset", "secret/corpus/*.txt", *LORA, "--output_dir",
+           "adapter")  # fmt: skip
     monkeypatch.chdir(tmp_path)
     script("push_to_hub.py", "--run", "here/adapter", "--repo_id", "ann/adapter")
     card = card_of("ann/adapter", tmp_path / "all")
@@ -280,7 +283,7 @@ def test_an_adapter_of_a_folder_claims_no_model_on_the_hub(hub, base, small_corp
         'import blueberry\n\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("demo"),' in card
     )
     for path in (tmp_path / "all").rglob("*"):
-        assert not path.is_file() or b"results/demo" not in path.read_bytes(), path
+        assert not path.is_file() or not re.search(b"results/demo|secret/corpus", path.read_bytes()), path
 
 
 FOREIGN_CODE = """

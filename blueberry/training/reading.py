@@ -224,8 +224,8 @@ def id_and_revision(source: str) -> tuple[str, str]:
 
 def local_arguments(settings: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that were files or folders, not ids on the Hub: both may be written a/b."""
-    texts = {name: value for name, value in settings.items() if isinstance(value, str) and len(value) < 256}
-    return [name for name, value in texts.items() if value and Path(value).expanduser().exists()]
+    texts = {name: value for name, value in settings.items() if isinstance(value, str) and 0 < len(value) < 256}
+    return [name for name, value in texts.items() if glob.has_magic(value) or Path(value).expanduser().exists()]
 
 
 def _load_hub(dataset: str, config: str | None, streaming: bool) -> dict:
