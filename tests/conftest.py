@@ -101,6 +101,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep the address of an earlier server
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub_is_reachable.cache_clear()
         yield server
