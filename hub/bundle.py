@@ -4,6 +4,8 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import yaml
@@ -21,9 +23,7 @@ Content = bytes | Path  # small and perhaps rewritten, or large and as it lies o
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "additional_chat_templates/*.jinja")  # fmt: skip
 _TEXTS = ("generation_config.json", RESULTS, PROVENANCE, BENCHMARKS, AUDIT, "optimizer_audit.md", *_TOKENIZER)
-# Files of an earlier push that the next one deletes when it does not bring them again.
-OWNED = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "*_blueberry.py",
-         "runs/*", "figures/*", "spectral_log/*")  # fmt: skip
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "*_blueberry.py", *_TOKENIZER)
 
 
 @dataclass
@@ -59,27 +59,38 @@ def bundle_of(run: Run, scrub: Scrubber, max_shard_size: str = "5GB") -> Bundle:
     return bundle
 
 
+def is_of_a_run(path: str) -> bool:
+    """Whether a file of the repository was pushed with a finished run, and not with a checkpoint."""
+    return "checkpoint" not in path.split("/")[0]
+
+
+def is_of_a_model(path: str) -> bool:
+    """Whether a file of the repository belongs to the model itself."""
+    return "/" not in path and any(fnmatch(path, pattern) for pattern in _MODEL_FILES)
+
+
 def model_files(folder: Path, scrub: Scrubber) -> dict[str, Content]:
     """Config, tokenizer and the other small files of a saved model, with the code that it needs; no weights."""
     name = config_name(folder)
-    config = (folder / name).read_bytes()
-    is_blueberry = json.loads(config).get("model_type") == MODEL_TYPE
-    files: dict[str, Content] = {name: scrubbed(with_auto_map(config) if is_blueberry else config, scrub)}
-    if is_blueberry:
-        files |= code_files()
+    files: dict[str, Content] = {name: scrubbed(folder / name, scrub)}
+    if json.loads(files[name]).get("model_type") == MODEL_TYPE:
+        files |= {name: with_auto_map(files[name])} | code_files()
     for pattern in _TEXTS:
         for path in sorted(folder.glob(pattern)):
-            content = path.read_bytes()
             name = str(path.relative_to(folder))
-            files[name] = content if name in ("tokenizer.json", RESULTS) else scrubbed(content, scrub, path.suffix)
+            files[name] = path.read_bytes() if name in ("tokenizer.json", RESULTS) else scrubbed(path, scrub)
     return files
 
 
-def scrubbed(content: bytes, scrub: Scrubber, suffix: str = ".json") -> bytes:
-    """A text, or JSON string by string."""
-    if suffix != ".json":
-        return scrub.text(content.decode()).encode()
-    return (json.dumps(scrub.value(json.loads(content)), indent=2, ensure_ascii=False) + "\n").encode()
+def scrubbed(path: Path, scrub: Scrubber) -> bytes:
+    """A text, or JSON string by string. UsageError if it is none."""
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix != ".json":
+            return scrub.text(text).encode()
+        return (json.dumps(scrub.value(json.loads(text)), indent=2, ensure_ascii=False) + "\n").encode()
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): write it again, or take it out of the folder") from error
 
 
 def draw_figures(run: Run, folder: Path) -> list[Path]:
@@ -92,17 +103,17 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
 def check_clean(files: Mapping[str, Content], scrub: Scrubber) -> None:
     """Raises UsageError if a file still tells something about the machine. Of weights the header is looked at."""
     for path, content in files.items():
-        if found := scrub.leak(path.encode() + b"\n" + _looked_at(content)):
+        if found := scrub.leak(path.encode()) or scrub.leak(_looked_at(content)):
             raise UsageError(f"{path} holds {found}: nothing was uploaded; take it out of the file in the run folder")
 
 
-def _looked_at(content: Content) -> bytes:
+def _looked_at(content: Content) -> bytes | mmap:
     if isinstance(content, bytes):
         return content
-    if content.suffix != ".safetensors":
-        return content.read_bytes()
     with open(content, "rb") as file:
-        return file.read(8 + min(int.from_bytes(file.read(8), "little"), 2**27))
+        if content.suffix == ".safetensors":
+            return file.read(8 + min(int.from_bytes(file.read(8), "little"), 2**27))
+        return mmap(file.fileno(), 0, access=ACCESS_READ) if content.stat().st_size else b""
 
 
 def _size(content: Content) -> int:

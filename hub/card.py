@@ -47,6 +47,7 @@ class RunCard:
     title: str
     summary: str
     remote_code: bool
+    loading: str
     tokenizer: bool
     prompt: str
     architecture: dict[str, str]
@@ -59,7 +60,9 @@ class RunCard:
     limitations: str
     licence: str
     version: str
-    base: str | None = None  # of an adapter
+    base: str | None = None  # of an adapter, and whether it is a folder, of Blueberry, not on the Hub
+    base_is_local: bool = False
+    base_is_blueberry: bool = False
     benchmarks: list[tuple[str, ...]] = field(default_factory=list)
     spectra: Spectra | None = None
     figures: dict[str, str] = field(default_factory=dict)
@@ -82,6 +85,7 @@ def card_of(runs: Sequence[Run], repo_id: str, licence: str, figures: Sequence[s
         title=repo_id.split("/")[-1],
         summary=_summary(run),
         remote_code=run.config.get("model_type") == MODEL_TYPE,
+        loading=loading(run, repo_id),
         tokenizer=(run.folder / "tokenizer.json").is_file(),
         prompt="My fellow citizens," if _dataset(run) == "sotu" else "The",
         architecture=_architecture(run),
@@ -95,11 +99,29 @@ def card_of(runs: Sequence[Run], repo_id: str, licence: str, figures: Sequence[s
         licence=f"The weights: {licence}. " + _data_licence(run),
         version=_version(run),
         base=run.base if run.is_adapter else None,
+        base_is_local=run.is_adapter and run.base_is_local,
+        base_is_blueberry=run.is_adapter and run.provenance.get("model_type") == MODEL_TYPE,
         benchmarks=_benchmarks(run),
         spectra=spectra_of(run.spectral_log),
         figures={name: caption for name, caption in FIGURES.items() if name in figures},
     )
     return card.render(_metadata(run, repo_id, licence))
+
+
+def loading(run: Run, repo_id: str) -> str:
+    """The expression that makes the model."""
+    if not run.is_adapter:
+        return _from_pretrained(repo_id, None, run.config.get("model_type") == MODEL_TYPE)
+    code_on_hub = run.provenance.get("model_type") == MODEL_TYPE and not run.base_is_local
+    needs_code = code_on_hub or bool(run.settings.get("trust_remote_code"))
+    base = _from_pretrained(run.base, run.config.get("revision"), needs_code)
+    return f'PeftModel.from_pretrained({base}, "{repo_id}")'
+
+
+def _from_pretrained(name: str, revision: str | None, needs_code: bool) -> str:
+    more = f', revision="{revision}"' if revision else ""
+    more += ", trust_remote_code=True" if needs_code else ""
+    return f'AutoModelForCausalLM.from_pretrained("{name}"{more})'
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
@@ -150,7 +172,7 @@ def _architecture(run: Run) -> dict[str, str]:
         return {"type": f"{config['peft_type']} of rank {config['r']}, alpha {config['lora_alpha']:g}",
                 "base model": run.base, "reaches": ", ".join(sorted(reached)),
                 "parameters": f"{run.parameters:,}"}  # fmt: skip
-    rows = {"type": f"`{config['architectures'][0]}`, a {_kind(run)}", "parameters": f"{run.parameters:,}"}
+    rows = {"type": f"{_architecture_name(config)}, a {_kind(run)}", "parameters": f"{run.parameters:,}"}
     if config.get("num_experts"):
         rows["parameters that a token meets"] = f"{run.active_parameters:,}"
         rows["width of an expert"] = str(config.get("moe_intermediate_size"))
@@ -160,6 +182,10 @@ def _architecture(run: Run) -> dict[str, str]:
     rows["activation"] = str(config.get("hidden_act"))
     rows["embeddings"] = "tied" if config.get("tie_word_embeddings") else "separate"
     return rows
+
+
+def _architecture_name(config: dict[str, Any]) -> str:
+    return f"`{(config.get('architectures') or [config.get('model_type')])[0]}`"
 
 
 def _data(run: Run) -> str:
@@ -295,7 +321,7 @@ def _metadata(run: Run, repo_id: str, licence: str) -> ModelCardData:
         language="en" if _dataset(run) == "sotu" else None,
         license=licence,
         library_name="peft" if run.is_adapter else "transformers",
-        base_model=run.base if run.is_adapter and "/" in run.base else None,
+        base_model=run.base if run.is_adapter and not run.base_is_local else None,
         pipeline_tag="text-generation",
         tags=["blueberry", *optimizer[run.settings.get("optimizer", "muon")], *experts, *code, "spectral-analysis"],
         datasets=[_dataset(run)] if _is_on_hub(run) else None,

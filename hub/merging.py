@@ -1,7 +1,8 @@
 """A new card and the one that a user edited: what the user changed stays, what they left is brought up to date.
 
 The last line of a generated card is a comment with a hash of everything generated, by which the next one knows what
-was edited. Pieces are the keys of the metadata and the sections under `##` headings (and what comes before the first).
+was edited; text that a user adds may come behind it. Pieces are the keys of the metadata and the sections under `##`
+headings (and what comes before the first).
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import yaml
 
 from blueberry.errors import UsageError
 
-_RECORD = re.compile(r"\n*<!-- blueberry (\{.*\}) -->\s*$")
+_RECORD = re.compile(r"\n*<!-- blueberry (\{.*\}) -->[ \t\r]*\n*")
 _HEADER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*\r?\n?", re.DOTALL)
 # Cards that no one wrote: of transformers' Trainer, of its push_to_hub, and of PEFT.
 _AUTOMATIC = (
@@ -36,7 +37,7 @@ def merged(generated: str, theirs: str | None) -> str:
     record = {"metadata": _hashes(metadata), "sections": _hashes(sections)}
     if theirs is not None and not any(mark in theirs for mark in _AUTOMATIC):
         then = _record_of(theirs)
-        old_metadata, old_sections = split(_RECORD.sub("", theirs))
+        old_metadata, old_sections = split(_RECORD.sub("\n\n", theirs))
         metadata = _merged(metadata, old_metadata, then.get("metadata", {}))
         sections = _merged(sections, old_sections, then.get("sections", {}))
     header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
@@ -90,9 +91,9 @@ def _inserted(pieces: Pieces, after: str | None, name: str, piece: Any) -> Piece
 
 
 def _record_of(card: str) -> dict[str, dict[str, str]]:
-    found = _RECORD.search(card)
+    found = _RECORD.findall(card)
     try:
-        return json.loads(found[1]) if found else {}
+        return json.loads(found[-1]) if found else {}
     except ValueError:
         return {}
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 
-from .bundle import OWNED, Bundle, bundle_of, check_clean
+from .bundle import Bundle, bundle_of, check_clean, is_of_a_run
 from .card import card_of
 from .merging import merged
-from .push import CARD, Destination, push
+from .push import CARD, Destination, push, read_card
 from .run import Run
 from .scrub import Scrubber
 
@@ -20,11 +20,12 @@ def prepare(
     runs: Sequence[Run], repo_id: str, licence: str = LICENCE, max_shard_size: str = "5GB", token: str | None = None
 ) -> tuple[Bundle, CardMaker]:
     """What can be done, and can fail, without the Hub: the files, and what makes a card from the one that is there."""
-    scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,))
+    paths = [path for run in runs for path in run.local_paths]
+    scrub = Scrubber(*(run.folder for run in runs), public=repo_id.split("/")[0], tokens=(token,), paths=paths)
     bundle = bundle_of(runs[0], scrub, max_shard_size)
     generated = card_of(runs, repo_id, licence, bundle.figures)
     local = runs[0].folder / CARD
-    own = local.read_text() if local.is_file() else None
+    own = read_card(local) if local.is_file() else None
 
     def card(theirs: str | None) -> str:
         text = merged(generated, own if theirs is None else theirs)
@@ -53,6 +54,6 @@ def publish(
         destination,
         bundle.files,
         message or f"Upload {read[0].folder.resolve().name}, trained with Blueberry",
-        owned=OWNED,
+        replaces=is_of_a_run,
         card=card,
     )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from blueberry.benchmarks import digest, read_record
 from blueberry.errors import UsageError
 from blueberry.spectral.log import FOLDER as SPECTRAL_LOG
 from blueberry.spectral.log import SpectralLog
+from blueberry.training.reading import is_local_path, local_arguments
 
 CONFIG, MODEL_CONFIG, RESULTS, PROVENANCE = "config.yaml", "config.json", "eval_results.json", "provenance.json"
 AUDIT = "optimizer_audit.json"
@@ -57,10 +57,15 @@ class Run:
             found = {name: _json(folder / name) for name in (config, RESULTS, PROVENANCE, AUDIT)}
         except (yaml.YAMLError, ValueError) as error:
             raise UsageError(f"--run {folder}: a file is damaged: {' '.join(str(error).split())}") from error
+        for name, content in {CONFIG: settings, **{name: found[name] for name in (config, RESULTS)}}.items():
+            if not isinstance(content, dict):
+                raise UsageError(f"--run {folder}: {name} is damaged, it maps no names to values; write it again")
         run = cls(folder, settings, found[config], found[RESULTS], found[PROVENANCE] or {}, found[AUDIT] or [])
         if not run.weights:
             raise UsageError(f"--run {folder} has no final model (model.safetensors is missing): let the run come to "
                              "its end, with --resume_from_checkpoint if it was stopped")  # fmt: skip
+        for path in run.weights:
+            header_of(path)
         return run
 
     @property
@@ -74,10 +79,23 @@ class Run:
         return "peft_type" in self.config
 
     @property
+    def local_paths(self) -> list[str]:
+        """The arguments that named files or folders."""
+        made = self.provenance
+        names = made["local"] if "local" in made else local_arguments(self.settings)  # of a run of an older version
+        return [self.settings[name] for name in names if name in self.settings]
+
+    @property
+    def base_is_local(self) -> bool:
+        """Of an adapter: whether its model was read from a folder."""
+        name = self.config["base_model_name_or_path"]
+        return name in self.local_paths or is_local_path(name) or Path(name).is_dir()
+
+    @property
     def base(self) -> str:
         """Of an adapter: the Hub id of its model, or the name of the folder that it was read from."""
         name = self.config["base_model_name_or_path"]
-        return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+        return Path(name).name if self.base_is_local else name
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
@@ -125,7 +143,19 @@ def _json(path: Path) -> Any:
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """From the header of a safetensors file."""
+    return {name: entry["shape"] for name, entry in header_of(path).items()}
+
+
+def header_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> what a safetensors file says of it. UsageError unless all of the file is there."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 8 + length <= size else b""
+    try:
+        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+    except ValueError:
+        header = {}
+    if size != 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0) or not header:
+        raise UsageError(f"{path} is damaged or cut off ({size:,} bytes): save the model again")
+    return header

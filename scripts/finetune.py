@@ -64,6 +64,9 @@ def main() -> None:
         if not is_finished(trainer, checkpoint):
             train_llm.train(trainer, checkpoint, folder)
             train_llm.finish(trainer, data, settings)
+        elif trainer.is_world_process_zero():
+            train_llm.say_finished(trainer, checkpoint)
+            load_trained(trainer)
         if adapter_args.merge and trainer.is_world_process_zero():
             save_merged(trainer, Path(args.output_dir) / "merged")
 
@@ -78,34 +81,52 @@ def set_up(adapter_args, data_args, tracking_args, args, folder):
     from blueberry.training.data import prepare_data
     from blueberry.training.loading import load_model
     from blueberry.training.model import positions
+    from blueberry.training.reading import id_and_revision
     from blueberry.training.resuming import check_same_identity, identity
 
     model = load_model(adapter_args.model, trust_remote_code=adapter_args.trust_remote_code, dtype="float32")
-    data_args.tokenizer = data_args.tokenizer or adapter_args.model.partition("@")[0]
+    data_args.tokenizer = data_args.tokenizer or adapter_args.model
     config = model.config
     data = prepare_data(data_args, vocab_size=config.get_text_config().vocab_size, max_positions=positions(config))
     print(data.description)
-    folder.identity = identity(args, config, data)
+    folder.identity = identity(args, config, data) | {"base": base_identity(adapter_args.model)}
     check_same_identity(folder.identity, folder.checkpoint)
     pushing = train_llm.pushes(args)
     set_seed(args.seed)
-    wrapped = get_peft_model(model, lora_config(model, adapter_args))
+    revision = id_and_revision(adapter_args.model)[1]
+    wrapped = get_peft_model(
+        model, lora_config(model, adapter_args), revision=None if revision == "main" else revision
+    )
     if args.optimizer == "manifold":
         start_orthonormal(wrapped)
     callbacks = [folder, *train_llm.make_callbacks(wrapped, tracking_args, args), *pushing]
     return train_llm.make_trainer(wrapped, data, args, callbacks, trainer_class()), data
 
 
+def base_identity(source: str) -> str | None:
+    """Hash of the files in a folder, or the commit on the Hub: other weights may come under the same name."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    from blueberry.benchmarks import digest
+    from blueberry.training.reading import id_and_revision
+
+    if files := sorted(Path(source).glob("*.safetensors")):
+        return digest(files)
+    name, revision = id_and_revision(source)
+    config = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return extract_commit_hash(config, None)
+
+
 def lora_config(model, arguments: AdapterArguments):
     """Attention by default, and the experts by the names of their parameters."""
     from peft import LoraConfig
 
-    names = {module for module, _ in model.named_modules()}
     targets = arguments.lora_targets
     if targets == ["all-linear"]:
         targets = "all-linear"
-    elif missing := [target for target in targets if not any(name.split(".")[-1] == target for name in names)]:
-        raise UsageError(f"--lora_targets {missing[0]}: the model has no module of this name; see its config")
+    else:
+        check_targets(model, targets)
     experts = sorted({name.split(".layers.")[-1].partition(".")[2] for name, parameter in model.named_parameters()
                       if EXPERTS in name and parameter.ndim == 3})  # fmt: skip
     if arguments.lora_experts and not experts:
@@ -114,6 +135,18 @@ def lora_config(model, arguments: AdapterArguments):
         r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=targets, task_type="CAUSAL_LM",
         target_parameters=experts if arguments.lora_experts else None,
     )  # fmt: skip
+
+
+def check_targets(model, targets: list[str]) -> None:
+    """Raises UsageError, with the names of the model's matrices, where one of `targets` is no module of it."""
+    import torch
+
+    modules = {name.split(".")[-1]: module for name, module in model.named_modules()}
+    matrices = [name for name, module in modules.items() if not isinstance(module, torch.nn.Embedding)
+                and any(parameter.ndim == 2 for parameter in module.parameters(recurse=False))]  # fmt: skip
+    if missing := [target for target in targets if target not in modules]:
+        raise UsageError(f"--lora_targets {missing[0]}: the model has no module of this name; choose from "
+                         f"{', '.join(matrices)}, or write all-linear")  # fmt: skip
 
 
 def trainer_class():
@@ -133,6 +166,13 @@ def trainer_class():
             return super().create_optimizer(model)
 
     return LoraTrainer
+
+
+def load_trained(trainer) -> None:
+    """The adapter of a finished run, in place of the fresh one."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(trainer.model, load_peft_weights(trainer.args.output_dir))
 
 
 def save_merged(trainer, folder: Path) -> None:

@@ -33,10 +33,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     settings = parse_arguments()
+    from hub.card import loading
     from hub.publish import publish
     from hub.push import Destination
+    from hub.run import Run
 
-    folders = [Path(folder) for folder in settings.run.split(",")]
+    whole = Path(settings.run)  # whose name may hold a comma
+    folders = [whole] if whole.is_dir() else [Path(folder) for folder in settings.run.split(",")]
     if settings.card_only:
         return write_card(folders, settings)
     destination = Destination(
@@ -46,7 +49,7 @@ def main() -> None:
         return show(folders, settings)
     commit = publish(folders, destination, licence=settings.license, max_shard_size=settings.max_shard_size)
     print(f"pushed to {commit.pr_url or commit.commit_url}")
-    print(f'load it: AutoModelForCausalLM.from_pretrained("{settings.repo_id}", trust_remote_code=True)')
+    print(f"load it: {loading(Run.read(folders[0]), settings.repo_id)}")
     return None
 
 
@@ -54,12 +57,13 @@ def show(folders: list[Path], settings: argparse.Namespace) -> None:
     """What would go, without asking the Hub for anything."""
     from hub.bundle import table
     from hub.publish import prepare
-    from hub.push import CARD
+    from hub.push import CARD, LISTING, listing
     from hub.run import Run
 
     runs = [Run.read(folder) for folder in folders]
     bundle, card = prepare(runs, settings.repo_id, settings.license, settings.max_shard_size)
-    print("\n".join(table(bundle.sizes() | {CARD: len(card(None).encode())})))
+    names = len(listing([*bundle.files, CARD]))
+    print("\n".join(table(bundle.sizes() | {CARD: len(card(None).encode()), LISTING: names})))
 
 
 def write_card(folders: list[Path], settings: argparse.Namespace) -> None:
@@ -73,7 +77,7 @@ def write_card(folders: list[Path], settings: argparse.Namespace) -> None:
     repo_id = settings.repo_id or f"USER/{folders[0].resolve().name}"
     bundle, card = prepare(runs, repo_id, settings.license, settings.max_shard_size)
     path = folders[0] / CARD
-    path.write_text(card(None))
+    path.write_text(card(None), "utf-8")
     for name in FIGURES.keys() & set(bundle.figures):
         (folders[0] / "figures").mkdir(exist_ok=True)
         (folders[0] / "figures" / name).write_bytes(bundle.files[f"figures/{name}"].read_bytes())

@@ -6,13 +6,25 @@ transformers 5.23 serves only architectures that it finds under their names in i
 """
 
 import sys
+from pathlib import Path
 
-import transformers
-from transformers.cli.transformers import main
+from blueberry.errors import UsageError, run_script
 
-from blueberry import BlueberryForCausalLM
 
-if __name__ == "__main__":
+def main() -> None:
+    import transformers
+    from transformers.cli.transformers import main as transformers_main
+
+    from blueberry import BlueberryForCausalLM
+    from blueberry.training.reading import is_local_path
+
+    for model in sys.argv[1:2]:
+        if is_local_path(model) and not Path(model).is_dir():
+            raise UsageError(f"{model}: no such folder; name that of a model, or a Hub id")
     transformers.BlueberryForCausalLM = BlueberryForCausalLM
     sys.argv[1:1] = ["serve"]
-    main()
+    transformers_main()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -61,7 +61,6 @@ class TrackingArguments:
 
 
 def main() -> None:
-    from blueberry.training.checkpoints import step_of
     from blueberry.training.parser import BlueberryArgumentParser
     from blueberry.training.resuming import check_same_run, find_checkpoint, is_finished
     from blueberry.training.run_folder import (
@@ -90,8 +89,15 @@ def main() -> None:
             train(trainer, checkpoint, folder)
             finish(trainer, data, settings)
         elif trainer.is_world_process_zero():
-            print(f"{args.output_dir} is finished: {step_of(checkpoint):,} steps taken, {trainer.planned_steps():,} "
-                  f"asked for; a larger --train_tokens goes on from {checkpoint.name}")  # fmt: skip
+            say_finished(trainer, checkpoint)
+
+
+def say_finished(trainer, checkpoint: Path) -> None:
+    """Of a run that was to be resumed."""
+    from blueberry.training.checkpoints import step_of
+
+    print(f"{trainer.args.output_dir} is finished: {step_of(checkpoint):,} steps taken, {trainer.planned_steps():,} "
+          f"asked for; a larger --train_tokens goes on from {checkpoint.name}")  # fmt: skip
 
 
 def set_up_cpu(args) -> None:
@@ -296,7 +302,7 @@ def finish(trainer, data, settings) -> None:
         return
     folder = Path(trainer.args.output_dir)
     write_json(folder / EVAL_RESULTS, metrics)
-    write_json(folder / PROVENANCE, provenance(trainer, data))
+    write_json(folder / PROVENANCE, provenance(trainer, data, settings))
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     board = trainer.pop_callback(TensorBoardCallback)
     if board is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from huggingface_hub import HfApi
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,6 +77,7 @@ def data_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TOKEN, READ_TOKEN, OTHER_TOKEN = "hf_ANN", "hf_ANNREADS", "hf_BOB"  # of the Hub of the tests
+HOST, USER = "quarkbox", "wilhelmina"
 
 
 @pytest.fixture
@@ -99,6 +101,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it would keep the address of an earlier server
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         hub_is_reachable.cache_clear()
         yield server
@@ -110,6 +113,36 @@ def path_of_large_files(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """Both ways in which the client uploads what is not kept in git."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", request.param == "lfs")
     return request.param
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all the rest."""
+    from blueberry.spectral import plots
+
+    monkeypatch.setattr(plots, "FIGURES", (plots.spectral_norm_evolution,))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: HOST)
+    monkeypatch.setattr("getpass.getuser", lambda: USER)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that were not waited."""
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    monkeypatch.setattr("hub.push.time.sleep", waited.append)
+    return waited
+
+
+def files_of(api: HfApi, repo_id: str, folder: Path, **how) -> dict[str, bytes]:
+    """Everything in a repository, downloaded."""
+    api.snapshot_download(repo_id, local_dir=folder, **how)
+    found = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 @pytest.fixture

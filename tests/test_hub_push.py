@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import OTHER_TOKEN, READ_TOKEN, ROOT, SMALL_MODEL, TOKEN
+from conftest import HOST, OTHER_TOKEN, READ_TOKEN, ROOT, SMALL_MODEL, TOKEN, USER, files_of
 from hub_server import HubServer
 from huggingface_hub import EvalResultEntry, HfApi, ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
@@ -23,12 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blueberry.errors import UsageError
 from blueberry.spectral.log import SpectralLog
-from blueberry.training.checkpoints import flaw
 from hub import bundle as bundling
 from hub.publish import publish
 from hub.push import Destination
 
-HOST, USER = "quarkbox", "wilhelmina"
+pytestmark = pytest.mark.usefixtures("few_figures", "machine", "no_waiting")
 # Written by a process that cannot import blueberry: logits, text, pipeline, and what another revision holds.
 LOADING = """
 import json, os, sys, torch
@@ -80,42 +78,12 @@ def runs(arguments: list, run_script, tmp_path_factory: pytest.TempPathFactory) 
     return {name: folder / name for name in ("moe", "moe_2", "dense")}
 
 
-@pytest.fixture(autouse=True)
-def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all the rest."""
-    from blueberry.spectral import plots
-
-    monkeypatch.setattr(plots, "FIGURES", (plots.spectral_norm_evolution,))
-
-
-@pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: HOST)
-    monkeypatch.setattr("getpass.getuser", lambda: USER)
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that were not waited."""
-    waited: list[float] = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
-    monkeypatch.setattr("hub.push.time.sleep", waited.append)
-    return waited
-
-
 def without_blueberry(hub: HubServer, home: Path) -> dict[str, str]:
     """The environment of `python -S`, which skips site's .pth files: an editable install is not found, libraries are,
     by their folder."""
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return kept | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "home"), "HF_TOKEN": "",
                    "PYTHONPATH": str(Path(torch.__file__).parents[1]), "PYTHONNOUSERSITE": "1"}  # fmt: skip
-
-
-def files_of(api: HfApi, repo_id: str, folder: Path, **how) -> dict[str, bytes]:
-    """Everything in a repository, downloaded."""
-    api.snapshot_download(repo_id, local_dir=folder, **how)
-    found = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def refused(script, capsys, *arguments: object) -> str:
@@ -198,6 +166,22 @@ def test_a_later_push_leaves_nothing_of_the_former_behind(hub, runs, script):
     after = set(HfApi().list_repo_files("ann/moe"))
     assert not [path for path in after if "-of-" in path or path.startswith(("figures/", "spectral_log/"))]
     assert "model.safetensors" in after
+
+
+def test_files_of_users_stay_and_those_of_another_model_go(hub, runs, script, small_corpus, tmp_path):
+    api, base = HfApi(), runs["dense"]
+    lora = ["--dataset", small_corpus, "--validation_fraction", 0.2, "--max_steps", 1, "--save_strategy", "no"]
+    script("finetune.py", "--model", base, *lora, "--use_cpu", "true", "--output_dir", tmp_path / "adapter")
+    script("push_to_hub.py", "--run", runs["moe"], "--repo_id", "ann/moe")
+    for path in ("figures/mine.png", "spectral_log/mine.txt", "model_notes.safetensors"):
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo=path, repo_id="ann/moe")
+    mine = {"figures/mine.png", "spectral_log/mine.txt", "model_notes.safetensors"}
+    model = {"config.json", "model.safetensors", "generation_config.json", "modeling_blueberry.py"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    for run, comes, goes in ((tmp_path / "adapter", adapter, model), (runs["moe"], model, adapter)):
+        script("push_to_hub.py", "--run", run, "--repo_id", "ann/moe")
+        there = set(api.list_repo_files("ann/moe"))
+        assert mine | comes <= there and not goes & there
 
 
 def test_shards_hold_the_model(hub, runs, script, tmp_path):
@@ -292,7 +276,7 @@ def test_a_dry_run_lists_what_would_go_and_asks_nothing(hub, runs, script, capsy
         ([], "--repo_id is missing"),
         (["--repo_id", "ann/moe", "--create_pr", "--revision", "dev"], "leave one out"),
         (["--repo_id", "ann/moe", "--max_shard_size", "5"], "write a size such as 5GB"),
-        (["--repo_id", "bob/moe"], "may not write to bob/moe (403)"),
+        (["--repo_id", "bob/moe"], "--repo_id bob/moe: this token may not write there (403)"),
         (["--repo_id", "ann/data"], "is a dataset on the Hub"),
         (["--repo_id", "ann/Taken"], "the name is taken (409)"),
     ],
@@ -308,7 +292,7 @@ def test_wrong_arguments_are_refused_in_one_line(hub, runs, script, capsys, give
 @pytest.mark.parametrize(
     ("token", "expected"),
     [(None, "wants a token: run `hf auth login`"), ("hf_WRONG", "does not know this token (401)"),
-     (READ_TOKEN, "may not write to ann/moe (403)"), (OTHER_TOKEN, "may not write to ann/moe (403)")],
+     (READ_TOKEN, "may not write there (403)"), (OTHER_TOKEN, "may not write there (403)")],
 )  # fmt: skip
 def test_tokens_that_do_not_do_are_refused_in_one_line(hub, runs, script, capsys, monkeypatch, token, expected):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
@@ -379,15 +363,15 @@ def test_an_edit_between_reading_and_writing_is_seen(hub, runs, monkeypatch):
 
     api = HfApi()
     publish([runs["moe"]], Destination("ann/moe"))
-    read, edits = pushing._read_card, [b"---\nlicense: mit\n---\n\n## Mine\n\nIn between.\n"]
+    download, edits = pushing._download, [b"---\nlicense: mit\n---\n\n## Mine\n\nIn between.\n"]
 
-    def read_then_edit(*arguments):
-        card = read(*arguments)
-        if edits:
+    def download_then_edit(*arguments):
+        path = download(*arguments)
+        if edits and path.name == "README.md":
             api.upload_file(path_or_fileobj=edits.pop(), path_in_repo="README.md", repo_id="ann/moe")
-        return card
+        return path
 
-    monkeypatch.setattr(pushing, "_read_card", read_then_edit)
+    monkeypatch.setattr(pushing, "_download", download_then_edit)
     publish([runs["moe_2"]], Destination("ann/moe"))
     assert "In between." in Path(api.hf_hub_download("ann/moe", "README.md")).read_text()
 
@@ -398,7 +382,17 @@ def test_a_leak_stops_the_push(runs, tmp_path):
     with pytest.raises(UsageError, match=r"runs/x holds a local path: nothing was uploaded"):
         bundling.check_clean({"runs/x": f"in {tmp_path}/y".encode()}, Scrubber(tmp_path))
     with pytest.raises(UsageError, match="holds a token"):
-        bundling.check_clean({"a": b"hf_abcdefghijk"}, Scrubber())
+        bundling.check_clean({"a": b"hf_abcdefghijklmnop"}, Scrubber())
+
+
+@pytest.mark.parametrize("name", ["states", "model", "train", "transformers", "research", "Jordan"])
+def test_a_user_or_host_whose_name_is_a_word_can_push(runs, script, capsys, monkeypatch, name):
+    """Code, card and vocabulary hold it."""
+    monkeypatch.setattr(socket, "gethostname", lambda: name)
+    monkeypatch.setattr("getpass.getuser", lambda: name)
+    monkeypatch.setenv("DB_PASSWORD", name)
+    script("push_to_hub.py", "--run", runs["moe"], "--repo_id", "ann/moe", "--dry_run")
+    assert "README.md" in capsys.readouterr().out
 
 
 def test_spectra_of_a_pushed_model_are_analysed_by_its_id(hub, runs, script, tmp_path):
@@ -409,61 +403,6 @@ def test_spectra_of_a_pushed_model_are_analysed_by_its_id(hub, runs, script, tmp
     merged = found.merge(last, on=["layer", "projection", "expert"], suffixes=("", "_live"))
     assert len(merged) >= 14
     assert (merged.spectral_norm / merged.spectral_norm_live - 1).abs().max() < 1e-3  # a Gram matrix in fp32
-
-
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-def test_training_pushes_by_each_strategy(hub, arguments, script, tmp_path, strategy, capsys):
-    """And leaves what resumes, and nothing about the machine."""
-    out = tmp_path / "run"
-    told = ["--push_to_hub", "true", "--hub_strategy", strategy, "--hub_model_id", "ann/live", "--hub_token", TOKEN]
-    script("train_llm.py", *arguments, "--output_dir", out, *told)
-    assert "pushed to" in capsys.readouterr().out
-    files = files_of(HfApi(), "ann/live", tmp_path / "all")
-    commits = [commit.title for commit in HfApi().list_repo_commits("ann/live")]
-    steps = {f"Training in progress, step {step}" for step in (16, 32)}
-    assert steps & set(commits) == (set() if strategy == "end" else steps)
-    assert commits[0].startswith("Upload run") and "Trained with Blueberry" in files["README.md"].decode()
-    folders = {path.split("/")[0] for path in files if "checkpoint" in path}
-    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-16", "checkpoint-32"}}
-    assert folders == expected.get(strategy, set())
-    assert all(flaw(tmp_path / "all" / folder) is None for folder in folders)
-    for path, content in files.items():
-        assert not [secret for secret in (HOST, TOKEN, str(tmp_path), "pytest-of-") if secret.encode() in content], (
-            path
-        )
-        assert not path.endswith("training_args.bin")
-
-
-def test_a_checkpoint_from_the_hub_goes_on(hub, arguments, small_corpus, small_config, script, tmp_path, monkeypatch):
-    """In a place where data and config have the names that they had."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(small_corpus, "corpus")
-    shutil.copy(small_config, "config.json")
-    named = {small_corpus: "corpus", small_config: "config.json"}
-    given = [named.get(argument, argument) for argument in arguments]
-    told = ["--push_to_hub", "true", "--hub_strategy", "checkpoint", "--hub_model_id", "live"]  # the account's own
-    script("train_llm.py", *given, "--output_dir", "run", *told)
-    HfApi().snapshot_download("ann/live", local_dir="again")
-    Path("again/last-checkpoint").rename("again/checkpoint-32")
-    script("train_llm.py", "--resume_from_checkpoint", "again/checkpoint-32", "--train_tokens", 12288,
-           "--output_dir", "again", "--push_to_hub", "false")  # fmt: skip
-    assert Path("again/checkpoint-48").is_dir()
-
-
-def test_a_hub_that_fails_while_training_costs_a_push_and_not_the_run(hub, arguments, script, tmp_path, caplog):
-    hub.fail("POST", "/commit/", 500, times=3)
-    told = ["--push_to_hub", "true", "--hub_model_id", "ann/live"]
-    script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", *told)
-    assert "step 16 was not pushed: the Hub failed (500" in caplog.text
-    assert "model.safetensors" in HfApi().list_repo_files("ann/live")
-
-
-def test_training_that_may_not_push_does_not_start(hub, arguments, script, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        script("train_llm.py", *arguments, "--output_dir", tmp_path / "run", "--push_to_hub", "true",
-               "--hub_model_id", "bob/live")  # fmt: skip
-    assert stopped.value.code == 2 and "may not write to bob/live (403)" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_trainers_own_pushing_is_refused(runs):

@@ -138,8 +138,15 @@ class CheckpointingTrainer(Trainer):
             raise RuntimeError(f"{sorted(differing)[0]} is in one of them only")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's; safetensors lets only the owner read its files: they get the mode of the others."""
-        super()._save(output_dir, state_dict)
+        """Trainer's; safetensors lets only the owner read its files: they get the mode of the others.
+
+        Without the token, which would lie in clear in `training_args.bin`.
+        """
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)

@@ -9,7 +9,7 @@ import blueberry  # noqa: F401 (registers its models)
 from blueberry.errors import UsageError
 
 from .hub_access import hub_or_cache
-from .reading import is_local_path
+from .reading import id_and_revision, is_local_path
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -33,7 +33,7 @@ def load_tokenizer(source: str, **settings: Any) -> PreTrainedTokenizerBase:
 
 
 def _load(kind: Any, source: str, **settings: Any) -> Any:
-    name, _, revision = source.partition("@")
+    name, revision = id_and_revision(source)
     folder = Path(name)
     if not folder.is_dir():
         if is_local_path(name):
@@ -42,7 +42,7 @@ def _load(kind: Any, source: str, **settings: Any) -> Any:
     elif not any((folder / file).is_file() for file in _MODEL_FILES):
         raise UsageError(f"--model {source} holds no config.json: name the folder of a finished run")
     try:
-        return kind.from_pretrained(name, revision=revision or "main", **settings)
+        return kind.from_pretrained(name, revision=revision, **settings)
     except (OSError, ValueError) as error:
         tried = "" if folder.is_dir() else "no such folder, and the Hub did not give it: "
         raise UsageError(f"--model {source}: {tried}{' '.join(str(error).split())[:300]}") from error

@@ -8,12 +8,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blueberry.errors import UsageError
 from blueberry.training.cache import writable
@@ -212,6 +212,20 @@ def _errors_said_once() -> Iterator[None]:
 def is_local_path(name: str) -> bool:
     """Whether `name` cannot be a Hub id (`name` or `user/name`)."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def id_and_revision(source: str) -> tuple[str, str]:
+    """ID@REVISION, or ID for main; a folder may have an @ in its name."""
+    if Path(source).is_dir():
+        return source, "main"
+    name, _, revision = source.partition("@")
+    return name, revision or "main"
+
+
+def local_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that were files or folders, not ids on the Hub: both may be written a/b."""
+    texts = {name: value for name, value in settings.items() if isinstance(value, str) and 0 < len(value) < 256}
+    return [name for name, value in texts.items() if glob.has_magic(value) or Path(value).expanduser().exists()]
 
 
 def _load_hub(dataset: str, config: str | None, streaming: bool) -> dict:

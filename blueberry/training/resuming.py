@@ -27,6 +27,7 @@ _FIXED = (
     "adam_epsilon", "max_grad_norm", "seed", "data_seed",
     "manifold_preset", "manifold_attention_only", "manifold_modular_lr", "hypersphere_lr",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "dataloader_drop_last",
+    "model", "lora_r", "lora_alpha", "lora_targets", "lora_experts",  # of scripts/finetune.py
 )  # fmt: skip
 # What arguments do not tell by themselves, in words.
 _IDENTITY = {
@@ -34,6 +35,7 @@ _IDENTITY = {
     "model": "the configuration of the model",
     "training_text": "the training text",
     "tokenizer": "the tokenizer",
+    "base": "the weights of --model",  # of an adapter
 }
 
 
@@ -133,7 +135,7 @@ def check_same_identity(now: Mapping[str, Any], checkpoint: Path | None) -> None
         return
     started = json.loads((checkpoint.parent / IDENTITY).read_text())
     for name, words in _IDENTITY.items():
-        if now[name] != started[name]:
+        if name in started and now[name] != started[name]:
             numbers = f" ({started[name]}, now {now[name]})" if isinstance(now[name], int) else ""
             raise UsageError(
                 f"--resume_from_checkpoint {checkpoint}: {words} changed since the run was started{numbers}; undo "

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import PreparedData
+from .model import positions
 from .trainer import BlueberryTrainer
 
 
@@ -49,7 +50,9 @@ def print_summary(
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "The", length: int = 40) -> str:
-    """The prompt and `length` new tokens at most, drawn from the model with the KV cache."""
+    """The prompt and `length` new tokens at most, as far as the model has positions, drawn with the KV cache."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_k=50)
+    limit = positions(model.config)
+    room = length if limit is None else min(length, limit - inputs["input_ids"].shape[1])
+    ids = model.generate(**inputs, max_new_tokens=room, do_sample=True, top_k=50)
     return tokenizer.decode(ids[0], skip_special_tokens=True)

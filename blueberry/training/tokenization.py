@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blueberry.errors import UsageError
 from blueberry.training.cache import cache_folder
 from blueberry.training.hub_access import hub_or_cache
-from blueberry.training.reading import is_local_path
+from blueberry.training.reading import id_and_revision, is_local_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -107,7 +107,7 @@ def _save_atomically(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the Hub, with an end-of-text token to set documents apart.
+    """A fast tokenizer from a folder or the Hub (ID@REVISION), with an end-of-text token to set documents apart.
 
     Raises:
         UsageError: not found, without a fast version, or without `eos_token`.
@@ -115,12 +115,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
-    if is_local_path(name) and not folder.is_dir():
+    if is_local_path(id_and_revision(name)[0]) and not folder.is_dir():
         raise UsageError(f"--tokenizer {name}: no such folder; check the path")
     if not folder.is_dir():
         hub_or_cache()
+    where, revision = (folder, "main") if folder.is_dir() else id_and_revision(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else name)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--tokenizer {name}: neither a folder with a tokenizer nor on the Hub ({reason})") from error
