@@ -244,7 +244,7 @@ def muon_inputs(device: str, dtype: torch.dtype | None = None) -> list[Optimizer
 
 def muon_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     weight = [nn.Parameter(torch.zeros(2, 3, device=device, dtype=dtype))]
-    errors = {"negative": {"lr": -0.1}, "outside": {"momentum": 1.0}, "is unknown": {"scale_mode": "large"}}
+    errors = {"no step size": {"lr": -0.1}, "outside": {"momentum": 1.0}, "is unknown": {"scale_mode": "large"}}
     return [
         ErrorOptimizerInput(OptimizerInput(weight, kwargs, regex), error_type=UsageError, error_regex=regex)
         for regex, kwargs in errors.items()
