@@ -7,10 +7,13 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hub_server import HubServer
-from huggingface_hub import HfApi
+
+if TYPE_CHECKING:  # the environment below must be there before
+    from huggingface_hub import HfApi
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -138,7 +141,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def files_of(api: HfApi, repo_id: str, folder: Path, **how) -> dict[str, bytes]:
+def files_of(api: "HfApi", repo_id: str, folder: Path, **how) -> dict[str, bytes]:
     """Everything in a repository, downloaded."""
     api.snapshot_download(repo_id, local_dir=folder, **how)
     found = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]
