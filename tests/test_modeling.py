@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     StaticCache,
     set_seed,
 )
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM, export_with_dynamic_cache
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 
@@ -242,6 +244,27 @@ def test_the_exported_model_computes_batches_of_other_shapes(variant: str):
     actual = exported(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     expected = model(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_transformers_exports_the_model_with_a_static_and_a_dynamic_cache(variant: str):
+    """With the helpers that it has for ExecuTorch; both programs decode a text as the model does."""
+    model, ids = build(variant), tokens(1, 6)
+    expected = model(ids).logits
+    model.generation_config = GenerationConfig(
+        use_cache=True, cache_implementation="static",
+        cache_config={"batch_size": 1, "max_cache_len": 8, "device": "cpu"},
+    )  # fmt: skip
+    module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=8)
+    program = module.export(input_ids=ids[:, :1], cache_position=torch.tensor([0])).module()
+    steps = [program(input_ids=ids[:, at : at + 1], cache_position=torch.tensor([at])) for at in range(6)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+    program = export_with_dynamic_cache(model, ids, torch.ones_like(ids)).module()
+    cache = DynamicCache(config=model.config)
+    found = program(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
+    assert found.past_key_values.get_seq_length() == 6
 
 
 @torch.no_grad()
