@@ -230,7 +230,11 @@ def _hardware(made: dict[str, Any]) -> str:
     if "device" not in made:
         return ""
     processes = made["processes"]
-    return f"{made['device']}, " + (f"{processes} processes" if processes > 1 else f"{made['threads']} threads")
+    return f"{made['device']}, " + (f"{processes} processes" if processes > 1 else _several(made["threads"], "thread"))
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _versions(made: dict[str, Any]) -> str:

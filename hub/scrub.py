@@ -24,6 +24,7 @@ _PATH_AS_A_WHOLE = re.compile(r"file:/|[A-Za-z]:[\\/]|~?/\w|\.{1,2}/|[\w.@+-]+(/
 _HOME = re.compile(r"(^|[\\/])(home|Users)[\\/][^\\/]+$")
 # Names that so many machines share that they say nothing, and that are words besides.
 _COMMON = {"root", "user", "admin", "ubuntu", "runner", "jovyan", "localhost", "host", "build"}
+_LEAST_IN_BINARY = 5  # letters of a name: compressed bytes hold every shorter one by chance
 
 
 class Scrubber:
@@ -33,8 +34,8 @@ class Scrubber:
         secrets: tokens and keys of the environment; passwords that are plain words would be found everywhere.
         folders: home, working, temporary and run folders, the longest first.
         arguments: relative paths that a run was given.
-        places: what a user or host name stands in: an address, a home folder, the name of an event file. By itself it
-            may be any word of a text.
+        places: by name, what a user or host name stands in: an address, a home folder, the name of an event file. By
+            itself it may be any word of a text.
     """
 
     def __init__(self, *folders: Path, public: str = "", tokens: Iterable[str | None] = (), paths: Iterable[str] = ()):
@@ -49,7 +50,7 @@ class Scrubber:
         host = socket.gethostname()
         known = _COMMON | {public.lower()}
         names = {name for name in (_user(), host, host.split(".")[0]) if name and name.lower() not in known}
-        self.places = [re.compile(_place(name)) for name in sorted(names, key=len, reverse=True)]
+        self.places = {name: re.compile(_place(name)) for name in sorted(names, key=len, reverse=True)}
 
     def text(self, text: str) -> str:
         """`text` with secrets replaced, paths cut down to their last part, and names gone from addresses."""
@@ -60,7 +61,7 @@ class Scrubber:
             short = "~" if _last_part(folder) == "~" else f"/{_last_part(folder)}"
             text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?=[/\"'\s,)\]}}]|$)", lambda _, to=short: to, text)
         text = _PATH.sub(lambda found: _last_part(found[0]), text)
-        for place in self.places:
+        for place in self.places.values():
             text = place.sub("local", text)
         return text
 
@@ -79,7 +80,8 @@ class Scrubber:
             return "a token"
         if any(_holds_folder(content, folder) for folder in self.folders):
             return "a local path"
-        if any(_holds(content, place.pattern) for place in self.places):
+        least = _LEAST_IN_BINARY if b"\0" in content[:1024] else 1
+        if any(_holds(content, place.pattern) for name, place in self.places.items() if len(name) >= least):
             return "the name of the user or the machine"
         return None
 

@@ -42,9 +42,14 @@ def spectra_of(log: SpectralLog | None) -> Spectra | None:
     return Spectra(first, last, experts, table)
 
 
+def _cell(value: float, spec: str) -> str:
+    """A matrix of zeros, as an adapter starts from, has no spectrum."""
+    return "–" if pd.isna(value) else f"{value:{spec}}"
+
+
 def _row(rows: pd.DataFrame, first: int, last: int) -> list[str]:
     means = {step: rows[rows["step"] == step].mean(numeric_only=True) for step in (first, last)}
-    cells = [f"{means[first][name]:{spec}} → {means[last][name]:{spec}}" for name, spec in _METRICS.items()]
+    cells = [" → ".join(_cell(means[step][name], spec) for step in (first, last)) for name, spec in _METRICS.items()]
     if pd.isna(means[last]["update_alignment"]):
         return [*cells, ""]
     n = int(rows["rows"].iloc[-1])

@@ -8,6 +8,7 @@ TensorBoard's steps. Exit status 1 when one differs, a damaged checkpoint was ta
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -58,6 +59,7 @@ TIMEOUT = 600  # seconds a life may take at most
 
 def main() -> None:
     arguments = parse_arguments()
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumption
     counts = Counter(differing=0, damaged_accepted=0, lost=0)
     with tempfile.TemporaryDirectory() as folder:
         for difference in crash_test(arguments.kills, arguments.seed, Path(folder), counts):

@@ -50,8 +50,11 @@ def main() -> None:
     folder = Path(arguments.model)
     weights = digest(weights_of(folder)) if folder.is_dir() else model.config._commit_hash
     record |= {"model": folder.name if folder.is_dir() else arguments.model, "weights": weights}
-    write_json(output, merged(read_record(output), record))
+    stored = merged(read_record(output), record)
+    write_json(output, stored)
     print(as_table(record))
+    if kept := [task for task, found in record["tasks"].items() if stored["tasks"][task] != found]:
+        print(f"\nresults on all questions stay in the record: {', '.join(kept)}")
     print(f"\n{output}")
 
 

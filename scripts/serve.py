@@ -13,6 +13,7 @@ from blueberry.errors import UsageError, run_script
 
 def main() -> None:
     import transformers
+    from huggingface_hub import constants
     from transformers.cli.transformers import main as transformers_main
 
     from blueberry import BlueberryForCausalLM
@@ -21,6 +22,7 @@ def main() -> None:
     for model in sys.argv[1:2]:
         if is_local_path(model) and not Path(model).is_dir():
             raise UsageError(f"{model}: no such folder; name that of a model, or a Hub id")
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # which /v1/models lists
     transformers.BlueberryForCausalLM = BlueberryForCausalLM
     sys.argv[1:1] = ["serve"]
     transformers_main()

@@ -41,7 +41,7 @@ BAD_INPUT = {
     "small vocabulary": (["--vocab_size", 100], "100"),
     "long windows": (["--preset", "tiny", "--max_length", 4096], "--max_length 4096"),
     "bad fraction": (["--validation_fraction", 1.5], "--validation_fraction 1.5"),
-    "no checkpoint": (["--resume_from_checkpoint"], "holds no checkpoint"),
+    "no checkpoint": (["--resume_from_checkpoint"], "run does not exist; train without it first"),
     "wrong checkpoint": (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint to go on from"),
     "missing config file": (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
     "missing model config": (["--config_name", "nowhere.json"], "--config_name nowhere.json"),

@@ -147,6 +147,13 @@ def test_names_that_are_words_hinder_nothing(monkeypatch, name):
     assert scrub.leak(b'"/data/corpus.txt"') == "a local path"
 
 
+def test_a_short_name_in_the_bytes_of_a_picture_is_chance_and_in_a_text_a_leak(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "vm")
+    scrub = Scrubber()
+    assert scrub.leak(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xbbvm@c\xff") is None
+    assert scrub.leak(b"root@vm:/srv") == "the name of the user or the machine"
+
+
 def test_a_user_without_an_entry_in_passwd_has_no_name(monkeypatch):
     def unknown():
         raise KeyError("getpwuid(): uid not found: 1000")

@@ -197,7 +197,7 @@ def test_another_number_of_windows_in_a_step_is_refused_but_may_be_shared_out_ot
     before = snapshot(run)
     given = ["--output_dir", run, "--resume_from_checkpoint", "--per_device_train_batch_size"]
     message = refusal(script, capsys, *given, 4)
-    assert "--gradient_accumulation_steps x processes changed since the run was started (8, now 4)" in message
+    assert "--gradient_accumulation_steps x processes is 4, and was 8; set them to make 8 again" in message
     assert snapshot(run) == before
     script("train_llm.py", *given, 4, "--gradient_accumulation_steps", 2)
     assert (run / "eval_results.json").is_file()

@@ -245,7 +245,7 @@ class SpectralMetricsCallback(TrainerCallback):
         """What was logged, what it cost, and what went wrong, in a few lines."""
         share = self.seconds_spent / max(self._budget.training_seconds, 1e-9)
         lines = [
-            f"spectral log: {self.logs} logs of {len(self._names)} matrices and stacks, "
+            f"spectral log: {self.logs} log{'' if self.logs == 1 else 's'} of {len(self._names)} matrices and stacks, "
             f"{self.seconds_spent:.1f} s of copying and computing ({share:.1%} of the time in training steps)"
         ]
         if self._left_out:

@@ -56,7 +56,11 @@ def scalars_at(folder: str | os.PathLike, step: int) -> frozenset[str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    own = logging.getLogger("tensorboard")
+    level = own.level
+    own.setLevel(logging.ERROR)  # it warns of every resumption
     board.Reload()
+    own.setLevel(level)
     found = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"]}
     return frozenset(tag for tag, events in found.items() if any(event.step == step for event in events))
 

@@ -96,7 +96,8 @@ def _newest(run: Path) -> Path:
             return checkpoint
         print(f"{checkpoint} {reason}: passed over")
     remedy = "start over with --overwrite_output_dir" if (run / CONFIG).is_file() else "train without it first"
-    raise UsageError(f"--resume_from_checkpoint: {run} holds no checkpoint that is whole; {remedy}")
+    lacks = "holds no checkpoint that is whole" if run.is_dir() else "does not exist"
+    raise UsageError(f"--resume_from_checkpoint: {run} {lacks}; {remedy}")
 
 
 def check_same_run(settings: Mapping[str, Any], checkpoint: Path | None) -> None:
@@ -136,10 +137,13 @@ def check_same_identity(now: Mapping[str, Any], checkpoint: Path | None) -> None
     started = json.loads((checkpoint.parent / IDENTITY).read_text())
     for name, words in _IDENTITY.items():
         if name in started and now[name] != started[name]:
-            numbers = f" ({started[name]}, now {now[name]})" if isinstance(now[name], int) else ""
+            before, remedy = started[name], "undo that"
+            if isinstance(before, int):
+                words, remedy = f"{words} is {now[name]}, and was {before}", f"set them to make {before} again"
+            else:
+                words = f"{words} changed since the run was started"
             raise UsageError(
-                f"--resume_from_checkpoint {checkpoint}: {words} changed since the run was started{numbers}; undo "
-                "that, or start a new run in another --output_dir"
+                f"--resume_from_checkpoint {checkpoint}: {words}; {remedy}, or start a new run in another --output_dir"
             )
 
 
