@@ -28,16 +28,16 @@ class RunWriter(SummaryWriter):
     """
 
     def __init__(self, folder: str | os.PathLike, step: int, is_over: bool = False):
-        self._known = scalars_at(folder, step) if is_over else frozenset()
-        self._last_step = step
+        self._steps = dict.fromkeys(scalars_at(folder, step), step) if is_over else {}  # tag -> its last step
         super().__init__(str(folder), purge_step=step + 1 if step else 0)
         self._events = _SurvivingEvents(self.file_writer.event_writer)
         self.file_writer.event_writer = self._events
         self._charts: Charts = {}
 
     def add_scalar(self, tag: str, value: float, global_step: int | None = None, *more: Any) -> None:
-        """SummaryWriter's, once for each tag and step."""
-        if global_step != self._last_step or tag not in self._known:
+        """SummaryWriter's, once for each tag and step: the end of a run logs some again."""
+        if global_step is None or self._steps.get(tag) != global_step:
+            self._steps[tag] = global_step
             super().add_scalar(tag, value, global_step, *more)
 
     def add_charts(self, charts: Charts) -> None:
@@ -51,7 +51,7 @@ class RunWriter(SummaryWriter):
         return self._events.failure
 
 
-def scalars_at(folder: str | os.PathLike, step: int) -> frozenset[str]:
+def scalars_at(folder: str | os.PathLike, step: int) -> list[str]:
     """The tags that a log has a value of at `step`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,7 +62,7 @@ def scalars_at(folder: str | os.PathLike, step: int) -> frozenset[str]:
     board.Reload()
     own.setLevel(level)
     found = {tag: board.Scalars(tag) for tag in board.Tags()["scalars"]}
-    return frozenset(tag for tag, events in found.items() if any(event.step == step for event in events))
+    return [tag for tag, events in found.items() if any(event.step == step for event in events)]
 
 
 def first_middle_last(layers: Iterable[int]) -> list[int]:
