@@ -127,6 +127,13 @@ def test_a_run_stopped_between_its_last_step_and_its_results_gets_them_without_a
     assert board_steps(run) == board_steps(finished)
 
 
+def test_results_come_also_where_the_tensorboard_log_is_gone(run, script):
+    (run / "eval_results.json").unlink()
+    shutil.rmtree(run / "runs")
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    assert (run / "eval_results.json").is_file() and board_steps(run)["eval/unigram_loss"] == [32]
+
+
 BREAKAGES = {
     "no state": lambda folder: (folder / "trainer_state.json").unlink(),
     "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),

@@ -52,7 +52,9 @@ class RunWriter(SummaryWriter):
 
 
 def scalars_at(folder: str | os.PathLike, step: int) -> list[str]:
-    """The tags that a log has a value of at `step`."""
+    """The tags that a log has a value of at `step`; none where there is no log."""
+    if not os.path.isdir(folder):
+        return []
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
