@@ -6,13 +6,12 @@ decomposition.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from math import comb
 
 import torch
 from torch import Tensor
 
-Step = tuple[float, ...]  # coefficients of x, x^3, x^5 (and x^7, x^9) of an odd polynomial
+from .matrix_polynomials import Step, polynomial
+from .scratch import Scratch, place
 
 # One (a, b, c) per step. Singular values of the result stay around 1 (0.7 to 1.2): these coefficients trade accuracy
 # for a steep slope at 0. Source: K. Jordan et al., "Muon", https://kellerjordan.github.io/posts/muon/
@@ -29,19 +28,20 @@ _POLAR_EXPRESS: tuple[Step, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 
-# The default. Its first three steps, of degree 5, 9 and 5, have the largest slope at 0 of all odd polynomials that map
-# [0, g] into [0, 1] and, right of their first maximum, into [0.2, 1]: a minimax step would map some strong directions
-# to almost nothing, where rounding errors of half precision drown them. The last is the minimax polynomial of degree 9
-# on what they leave, [0.138, 1.03], and ends in [0.827, 1.173]. The guards g = 1.01, 1.02, 1.12 and 1.03 hold the
-# rounding errors of the steps before. From the bound of `_gram_bound` all that five steps of `keller_jordan` lift from
-# the Frobenius norm (singular values above 0.00134 of it) ends up there, with fewer operations. Linear programs find
-# the coefficients (tests/test_polar.py).
+# The default: three steps in place of five, of degrees that need few products (9 needs two with the Gram matrix, 17
+# three, beside the two with the stack that every step needs). The first two have the largest slope at 0 of all odd
+# polynomials that map [0, g] into [0, 1] and, right of their first maximum, into [0.2, 1]: a minimax step would map
+# some strong directions to almost nothing, where rounding errors of half precision drown them. The last is the minimax
+# polynomial on what they make of [0.0016, 1], [0.0789, 1.05], and ends in [0.839, 1.161]. The guards g = 1.01, 1.05
+# and 1.05 hold the rounding errors of the steps before; the degree of 17 stands last because its own are the largest.
+# All that five steps of `keller_jordan` lift from the Frobenius norm (to 0.65 from 0.0014 of it) ends above 0.73 from
+# the bound of `_gram_bound`. Linear programs find the coefficients (tests/test_polar.py).
 ROBUST: tuple[Step, ...] = (
-    (4.017645, -10.71105, 7.590588),
-    (7.0912, -61.38547, 191.401, -233.5584, 96.95718),
-    (3.623054, -7.854925, 4.526809),
-    (6.706049, -39.80929, 106.5143, -118.9437, 46.42371),
-)
+    (7.16140762, -63.2268408, 201.065376, -250.233807, 105.946782),
+    (6.88859284, -56.2727004, 165.576125, -190.664814, 74.6924125),
+    (12.05028566, -241.2021054, 2387.135756, -12016.32714, 33713.82955, -55011.25449, 51855.24458, -26168.40161,
+     5470.017039),
+)  # fmt: skip
 
 
 def _cushioned(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -88,6 +88,7 @@ def newton_schulz(
     ns_steps: int | None = None,
     coefficients: str = "robust",
     dtype: torch.dtype | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Approximate polar factor of each matrix in a stack, by Newton-Schulz iteration.
 
@@ -98,8 +99,9 @@ def newton_schulz(
     Args:
         matrix: (..., out, in), any real floating dtype.
         ns_steps: number of steps; None takes the number that the coefficient set is made for.
-        coefficients: `robust` (four steps), `keller_jordan` or `polar_express` (five steps).
+        coefficients: `robust` (three steps), `keller_jordan` or `polar_express` (five steps).
         dtype: of the products; None takes float64 for float64 input, else the device's fastest.
+        scratch: memory for the products, outside autograd; the result is then valid until it is used again.
 
     Returns: same shape and dtype as `matrix`.
     """
@@ -108,36 +110,48 @@ def newton_schulz(
     steps = coefficient_steps(coefficients, ns_steps)
     if dtype is None:
         dtype = torch.float64 if matrix.dtype == torch.float64 else fastest_dtype(matrix.device)
-    stack, gram = _with_gram(matrix.reshape(-1, *matrix.shape[-2:]), dtype)
+    stack, gram = _with_gram(matrix.reshape(-1, *matrix.shape[-2:]), dtype, scratch)
     bound = _gram_bound(gram) if coefficients == "robust" else _frobenius_norm(gram)  # as published
-    at_a_time = _steps_at_a_time(stack)
-    return _iterate(stack, gram, bound, steps, at_a_time).reshape(matrix.shape).to(matrix.dtype)
+    scale = torch.where(bound > 0, 1 / bound, 0.0).to(gram.dtype)
+    gram = torch.mul(gram, scale, out=place(scratch, "scaled", gram.shape, gram)).mul_(scale)  # in float16's range
+    if _can_compose(stack):
+        result = _apply(_compose(gram, steps).mul_(scale), stack)
+    else:
+        result = _iterate(stack, gram, scale, steps, scratch)
+    return result.reshape(matrix.shape).to(matrix.dtype)
 
 
-def _with_gram(stack: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _with_gram(stack: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
     """The stack in `dtype` and its Gram matrices, scaled where fourth powers of its norm would leave the range.
 
     The CPU looks at the Gram matrix first, which saves a pass over memory; for other devices a look would be a stall.
     """
     if stack.device.type == "cpu" and dtype != torch.float16:
         narrow = stack.to(dtype)
-        gram = _gram(narrow)
+        gram = _gram(narrow, scratch)
         energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=_wide(dtype))  # norm_F^2 of each matrix
         if bool(((energy > 1e-15) & (energy < 1e15)).all()):
             return narrow, gram
     largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
     power = largest.clamp_min(torch.finfo(stack.dtype).tiny).log2().floor().exp2()  # of two: rounds nothing
     scaled = (stack / power).to(dtype)
-    return scaled, _gram(scaled)
+    return scaled, _gram(scaled, scratch)
 
 
 def _is_tall(stack: Tensor) -> bool:
     return stack.shape[-2] > stack.shape[-1]
 
 
-def _gram(stack: Tensor) -> Tensor:
+def _gram(stack: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Products of each matrix with itself, over its long side: (batch, out, in) -> (batch, short, short)."""
-    return stack.mT @ stack if _is_tall(stack) else stack @ stack.mT
+    short = min(stack.shape[-2:])
+    out = place(scratch, "gram", (len(stack), short, short), stack)
+    return torch.bmm(stack.mT, stack, out=out) if _is_tall(stack) else torch.bmm(stack, stack.mT, out=out)
+
+
+def _apply(product: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
+    """Multiply a stack (batch, out, in) on its short side by symmetric matrices (batch, short, short)."""
+    return torch.bmm(stack, product, out=out) if _is_tall(stack) else torch.bmm(product, stack, out=out)
 
 
 def _frobenius_norm(gram: Tensor) -> Tensor:
@@ -154,72 +168,37 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _iterate(stack: Tensor, gram: Tensor, bound: Tensor, steps: Sequence[Step], at_a_time: int) -> Tensor:
-    """The iteration from stack / bound: gram as from `_gram`, bound (batch, 1, 1) no less than sigma_1.
-
-    `at_a_time` steps are composed in short x short matrices before the stack is touched.
-    """
-    scale = torch.where(bound > 0, 1 / bound, 0.0).to(gram.dtype)
-    gram = (gram * scale).mul_(scale)  # in this order within the range of float16
-    for start in range(0, len(steps), at_a_time):
-        product = _compose(_gram(stack) if start else gram, steps[start : start + at_a_time])
-        if start == 0:
-            product *= scale
-        stack = stack @ product.mT if _is_tall(stack) else product @ stack
+def _iterate(stack: Tensor, gram: Tensor, scale: Tensor, steps: Sequence[Step], scratch: Scratch | None) -> Tensor:
+    """The steps on scale * stack, with `gram` its Gram matrices and `scale` (batch, 1, 1), one after the other."""
+    for number, step in enumerate(steps):
+        product = polynomial(_gram(stack, scratch) if number else gram, step, scratch)
+        if number == 0:
+            product = product.mul_(scale)
+        stack = _apply(product, stack, out=place(scratch, f"stack {number % 2}", stack.shape, stack))
     return stack
 
 
-def _steps_at_a_time(stack: Tensor) -> int:
-    """How many steps to compose: in single precision all, which takes fewer operations from an aspect ratio of two on.
+def _can_compose(stack: Tensor) -> bool:
+    """Whether to compose all steps in Gram matrices before the stack is touched: in single precision, which takes
+    fewer operations from an aspect ratio of two on.
 
-    In half precision one: the Gram matrix of a composed step holds the rounding errors of the one before, multiplied
+    Not in half precision: the Gram matrix of a composed step holds the rounding errors of the one before, multiplied
     by the square of its largest slope, so that a strong direction can leave the interval on which the next polynomial
     is bounded; a later step then throws it far away.
     """
     short, long = sorted(stack.shape[-2:])
-    is_half = _wide(stack.dtype) != stack.dtype
-    return 20 if long >= 2 * short and not is_half else 1
+    return long >= 2 * short and _wide(stack.dtype) == stack.dtype
 
 
 def _compose(gram: Tensor, steps: Sequence[Step]) -> Tensor:
     """The product P_n ... P_1 of the polynomials that the steps multiply the stack with, G <- P G P in between."""
     product = None
     for number, step in enumerate(steps):
-        polynomial = _polynomial(gram, step)
-        product = polynomial if product is None else polynomial @ product
+        factor = polynomial(gram, step)
+        product = factor if product is None else factor @ product
         if number + 1 < len(steps):
-            gram = polynomial @ gram @ polynomial
+            gram = factor @ gram @ factor
     return product
-
-
-def _polynomial(gram: Tensor, step: Step) -> Tensor:
-    """a + b G + c G^2, or + d G^3 + e G^4 with two products, of symmetric G (batch, short, short)."""
-    if len(step) == 3:
-        a, b, c = step
-        return _add_to_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a)
-    a, b, c, d, e = _about_center(step)
-    gram = _add_to_diagonal(gram.clone(), -_CENTER)
-    square = gram @ gram
-    quadratic = _add_to_diagonal(torch.add(square, gram, alpha=d / e), c / e)
-    return _add_to_diagonal(torch.baddbmm(gram, square, quadratic, beta=b, alpha=e), a)
-
-
-# In powers of G a polynomial of degree 4 has terms hundreds of times its value: half precision could not hold it. In
-# powers of G - 0.55 (the middle of the interval) they are of its own size.
-_CENTER = 0.55
-
-
-@cache
-def _about_center(step: Step) -> Step:
-    """The same polynomial in powers of G - _CENTER."""
-    powers = range(len(step))
-    return tuple(sum(step[n] * comb(n, k) * _CENTER ** (n - k) for n in powers if n >= k) for k in powers)
-
-
-def _add_to_diagonal(stack: Tensor, value: float) -> Tensor:
-    """In place."""
-    stack.diagonal(dim1=-2, dim2=-1).add_(value)
-    return stack
 
 
 def msign(matrix: Tensor) -> Tensor:

@@ -234,8 +234,8 @@ def test_the_largest_update_of_a_kind_is_the_one_that_is_sampled():
         parameter.grad = torch.randn_like(parameter)
 
     class Broken(Muon):
-        def orthogonalize(self, directions, group):
-            update = super().orthogonalize(directions, group)
+        def orthogonalize(self, directions, group, *scratch):
+            update = super().orthogonalize(directions, group, *scratch)
             update[3] *= 4
             return update
 

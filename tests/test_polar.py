@@ -9,6 +9,7 @@ from scipy.optimize import linprog
 
 from blueberry.polar import (
     COEFFICIENTS,
+    KELLER_JORDAN,
     ROBUST,
     coefficient_steps,
     msign,
@@ -50,40 +51,61 @@ def test_newton_schulz_applies_its_polynomial_to_the_singular_values(shape, coef
                                rtol=0, atol=1e-9)  # fmt: skip
 
 
-def odd_powers(x: np.ndarray, degree: int) -> np.ndarray:
-    return np.stack([x**n for n in range(1, degree + 1, 2)], axis=1)
+def odd_chebyshev(x: np.ndarray, degree: int) -> np.ndarray:
+    """Columns T_1(x), T_3(x), ..., which a linear program solves to degree 17, unlike powers of x."""
+    return np.cos(np.arccos(x)[:, None] * np.arange(1, degree + 1, 2))
 
 
 def steepest_step(degree: int, guard: float, floor: float) -> np.ndarray:
     """Oracle: the odd polynomial of largest slope at 0 with p <= 1 on [0, guard] and p >= floor right of its first
-    maximum, by linear programming."""
-    x = np.linspace(1e-3, guard, 2000)
-    powers, right = odd_powers(x, degree), x >= 0.7 / degree
+    maximum, by linear programming. Coefficients of `odd_chebyshev(x / guard)`."""
+    x = np.concatenate([np.linspace(1e-3, guard, 2000), guard * np.cos(np.linspace(0, np.pi / 2, 2000))])
+    values, right = odd_chebyshev(x / guard, degree), x >= 0.7 / degree
+    slope = np.array([n * (-1) ** (n // 2) / guard for n in range(1, degree + 1, 2)])
     bounds, sides = (
-        np.concatenate([powers, -powers[right]]),
+        np.concatenate([values, -values[right]]),
         np.concatenate([np.ones_like(x), np.full(right.sum(), -floor)]),
     )
-    return linprog(
-        -np.eye(powers.shape[1])[0], A_ub=bounds, b_ub=sides, bounds=[(None, None)] * powers.shape[1], method="highs"
-    ).x
+    return linprog(-slope, A_ub=bounds, b_ub=sides, bounds=[(None, None)] * len(slope), method="highs").x
 
 
 def minimax_step(degree: int, low: float, high: float) -> np.ndarray:
-    """Oracle: the odd polynomial with the smallest largest deviation from 1 on [low, high]."""
-    x = np.concatenate([np.geomspace(low, high, 2000), np.linspace(low, high, 2000)])
-    powers, one = odd_powers(x, degree), np.ones((len(x), 1))
-    bounds, sides = np.block([[powers, -one], [-powers, -one]]), np.concatenate([one, -one])[:, 0]
-    cost = np.eye(powers.shape[1] + 1)[-1]
+    """Oracle: the odd polynomial with the smallest largest deviation from 1 on [low, high]. Coefficients of
+    `odd_chebyshev(x / high)`."""
+    x = np.concatenate([np.geomspace(low, high, 3000), np.linspace(low, high, 3000)])
+    values, one = odd_chebyshev(x / high, degree), np.ones((len(x), 1))
+    bounds, sides = np.block([[values, -one], [-values, -one]]), np.concatenate([one, -one])[:, 0]
+    cost = np.eye(values.shape[1] + 1)[-1]
     return linprog(cost, A_ub=bounds, b_ub=sides, bounds=[(None, None)] * len(cost), method="highs").x[:-1]
 
 
+def polynomial(step: tuple[float, ...], x: np.ndarray) -> np.ndarray:
+    return sum(c * x ** (2 * i + 1) for i, c in enumerate(step))
+
+
 def test_the_default_coefficients_solve_the_problems_that_they_are_documented_to_solve():
-    weakest = 0.00134
-    for ours, degree, guard in zip(ROBUST[:-1], (5, 9, 5), (1.01, 1.02, 1.12), strict=True):
-        assert ours == pytest.approx(steepest_step(degree, guard, 0.2), rel=1e-3)  # the grid of the linear program
+    weakest, guards = 0.0016, (1.01, 1.05, 1.05)
+    for ours, guard in zip(ROBUST[:-1], guards[:-1], strict=True):
+        x = np.linspace(0, guard, 1001)
+        oracle = odd_chebyshev(x / guard, 9) @ steepest_step(9, guard, 0.2)
+        np.testing.assert_allclose(polynomial(ours, x), oracle, atol=3e-3)  # the grid of the linear program
         weakest *= ours[0]
-    assert weakest == pytest.approx(0.138, abs=1e-3)
-    assert ROBUST[-1] == pytest.approx(minimax_step(9, weakest, 1.03), rel=1e-3)
+    assert weakest == pytest.approx(0.0789, abs=1e-4)
+    x = np.geomspace(weakest, guards[-1], 1001)
+    oracle = odd_chebyshev(x / guards[-1], 17) @ minimax_step(17, weakest, guards[-1])
+    np.testing.assert_allclose(polynomial(ROBUST[-1], x), oracle, atol=3e-3)
+    assert np.abs(polynomial(ROBUST[-1], x) - 1).max() < 0.161
+
+
+def test_the_default_lifts_all_that_keller_jordan_lifts_above_065():
+    sigma = np.geomspace(1e-4, 1, 100_001)
+    theirs = ours = sigma
+    for step in KELLER_JORDAN:
+        theirs = polynomial(step, theirs)
+    for step in ROBUST:
+        ours = polynomial(step, ours)
+    lifted = ours[theirs > 0.65]
+    assert lifted.min() > 0.73 and ours.max() < 1.161
 
 
 def torch_factor(matrix: torch.Tensor) -> torch.Tensor:
@@ -152,6 +174,34 @@ def test_none_of_many_power_law_spectra_is_blown_up_in_half_precision(shape):
         sigma = (1 + torch.arange(short)) ** -exponent
         factors = newton_schulz((left * sigma) @ right.mT, dtype=torch.bfloat16)
         assert torch.linalg.matrix_norm(factors.double(), 2).max() < 1.25
+
+
+def test_matrices_with_few_strong_entries_rows_or_columns_are_not_blown_up_in_half_precision():
+    """Rounding errors of Gram matrices are relative to their entries, largest where strength sits on the diagonal."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((64, 64), (64, 128), (256, 64), (16, 16), (33, 70)):
+        plain = torch.randn(8, rows, columns, generator=generator)
+        diagonal = torch.diag_embed(torch.logspace(0, -3, min(rows, columns)).expand(8, -1))
+        diagonal = torch.nn.functional.pad(diagonal, (0, columns - min(rows, columns), 0, rows - min(rows, columns)))
+        uniform = torch.rand(plain.shape, generator=generator)
+        one_row, pairs = plain.clone(), plain.clone()
+        one_row[:, 0] *= 100
+        pairs[:, 1::2] = pairs[:, : rows - 1 : 2] + 0.01 * pairs[:, 1::2]
+        for matrices in (
+            plain * torch.logspace(0, -3, rows)[:, None],
+            plain * torch.logspace(0, -3, columns),
+            diagonal,
+            diagonal + 1e-4 * plain,
+            plain * (uniform < 0.03),
+            plain / uniform.clamp_min(1e-6),
+            plain + 3,
+            plain.relu(),
+            plain[:, :, :3] @ plain[:, :3] + 0.01 * plain,
+            one_row,
+            pairs,
+        ):
+            factors = newton_schulz(matrices, dtype=torch.bfloat16)
+            assert torch.linalg.matrix_norm(factors.double(), 2).max() < 1.25
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,9 @@ class _StepMeasurement:
         self._batch: list[Any] = []  # the pieces in the works
         self._sampled: set[tuple[str, torch.Size]] = set()
 
-    def updates(self, pieces: list[Any], directions: Tensor) -> Sequence[Tensor]:
+    def updates(self, pieces: list[Any], directions: Tensor, *scratch: Any) -> Sequence[Tensor]:
         self._batch = pieces
-        return self._inner_updates(pieces, directions)
+        return self._inner_updates(pieces, directions, *scratch)
 
     def move(self, piece: Any, results: list[Tensor]) -> None:
         before = piece.weight.detach().clone()
@@ -109,8 +109,8 @@ class _StepMeasurement:
         sums.squared_change += _squared_norm(piece.weight - before)
         sums.lr = float(piece.group["lr"])
 
-    def orthogonalize(self, directions: Tensor, group: dict[str, Any]) -> Tensor:
-        update = self._inner_orthogonalize(directions, group)
+    def orthogonalize(self, directions: Tensor, group: dict[str, Any], *scratch: Any) -> Tensor:
+        update = self._inner_orthogonalize(directions, group, *scratch)
         matrices = update.reshape(len(self._batch), -1, *update.shape[-2:])  # (pieces, matrices, out, in)
         for piece in self._batch:
             self._sums(piece).matrices += matrices.shape[1] / copies(piece.parameter, piece.holding)

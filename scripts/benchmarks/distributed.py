@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,9 +41,9 @@ class _TimedMuon(Muon):
 
     seconds = 0.0
 
-    def orthogonalize(self, directions: torch.Tensor, group: dict) -> torch.Tensor:
+    def orthogonalize(self, directions: torch.Tensor, group: dict, *scratch: Any) -> torch.Tensor:
         start = time.thread_time()
-        result = super().orthogonalize(directions, group)
+        result = super().orthogonalize(directions, group, *scratch)
         self.seconds += time.thread_time() - start
         return result
 

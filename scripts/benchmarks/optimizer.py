@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from blueberry.optim import Muon
-from blueberry.polar import fastest_dtype, newton_schulz
+from blueberry.optim.costs import newton_schulz_flops
+from blueberry.polar import KELLER_JORDAN, fastest_dtype
 
 from .common import Record, device, interleaved_medians, machine
 
@@ -62,10 +63,19 @@ class KellerJordanForm(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 0.05)
-            update = newton_schulz(
-                parameter.grad.lerp(buffer, 0.95).bfloat16(), coefficients="keller_jordan", dtype=torch.bfloat16
-            )
+            update = published_newton_schulz(parameter.grad.lerp(buffer, 0.95))
             parameter.add_(update, alpha=-0.02 * max(1, parameter.shape[-2] / parameter.shape[-1]) ** 0.5)
+
+
+def published_newton_schulz(matrix: Tensor) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, five times from X / norm_F(X), on the short side."""
+    x = matrix.bfloat16()
+    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for a, b, c in KELLER_JORDAN:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
 def contestants(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
@@ -95,19 +105,11 @@ def benchmark_optimizer(name: str, repeats: int) -> Iterator[Record]:
         yield {"benchmark": "optimizer", "set": name, "optimizer": key, "step_ms": round(1000 * value, 1),
                "over_fastest_peer": round(value / fastest_peer, 3), "n": repeats, **machine()}  # fmt: skip
     rate = gemm_rate(shapes)
-    flops = sum(default_flops(shape) for shape in shapes)
+    flops = sum(newton_schulz_flops(shape, dtype=fastest_dtype(device())) for shape in shapes)
     yield {"benchmark": "optimizer", "set": name, "limit": "its products alone at the measured GEMM rate",
            "gflop": round(flops / 1e9, 1), "gflop_per_s": round(rate / 1e9, 1),
            "step_ms": round(1000 * flops / rate, 1),
            "share_of_limit": round(flops / rate / seconds["blueberry"], 3), **machine()}  # fmt: skip
-
-
-def default_flops(shape: tuple[int, ...]) -> float:
-    """Floating-point operations of `newton_schulz` with its defaults in half precision: see `polar._iterate`."""
-    short, long = sorted(shape[-2:])
-    matrices = shape[0] if len(shape) == 3 else 1
-    polynomials = 2 * (1 + 2) * 2 * short**3  # of degree 5 and 9 in turn
-    return matrices * (polynomials + 4 * 2 * 2 * short**2 * long)  # and twice a step a product with the stack
 
 
 def gemm_rate(shapes: list[tuple[int, ...]]) -> float:
