@@ -90,6 +90,7 @@ class RefuseNaN(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (batch, vocab) as they are."""
         captured = torch.compiler.is_compiling() or (scores.is_cuda and torch.cuda.is_current_stream_capturing())
-        if not captured and (bad := int(scores.isnan().any(dim=-1).sum())):
+        if not captured and scores.amax().isnan():  # one pass: the maximum of anything with NaN is NaN
+            bad = int(scores.isnan().any(dim=-1).sum())
             raise ValueError(f"logits of {bad} of {len(scores)} sequences are NaN: the model's weights are damaged")
         return scores

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     StaticCache,
     set_seed,
 )
@@ -53,6 +55,21 @@ def gradients(model: BlueberryForCausalLM, ids: Tensor, **kwargs) -> dict[str, T
 
 
 # Attention, positions, caches
+
+
+def test_the_gated_model_computes_what_qwen3_moe_computes_with_its_weights():
+    """Oracle: another implementation of the same architecture, whose embeddings are not scaled in the forward."""
+    model, ids = build("gated_experts", tie_word_embeddings=False).double(), tokens(2, 12)
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob", "hidden_act",
+             "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+    config = Qwen3MoeConfig(**{size: getattr(model.config, size) for size in sizes}, experts_implementation="eager")
+    oracle = Qwen3MoeForCausalLM(config).double()
+    oracle.load_state_dict(model.state_dict())
+    oracle.get_input_embeddings().weight.data *= model.config.hidden_size**0.5
+    torch.testing.assert_close(
+        model(ids).logits, oracle.eval()(ids).logits, rtol=0, atol=1e-4
+    )  # fp32 router and angles
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

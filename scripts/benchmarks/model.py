@@ -328,11 +328,19 @@ def peak_memory(name: str, dtype: str) -> int:
 
 
 def decode(dtype: str, repeats: int) -> Iterator[Record]:
-    """Greedy decoding with a cache after a prompt of 64 tokens, gated experts; bf16 here is the weights' dtype."""
+    """Greedy decoding with a cache after a prompt of 64 tokens, gated experts; bf16 here is the weights' dtype.
+
+    The peers get Blueberry's weights, with which they compute the same: time depends on how many experts are chosen.
+    """
     config = BlueberryConfig.from_preset("blueberry-moe", gated_experts=True)
     models = {"blueberry": build(config)}
+    untied = copy(config)
+    untied.tie_word_embeddings = False
     for implementation in ("eager", "grouped_mm", "batched_mm"):
-        models[f"Qwen3-MoE, {implementation}"] = qwen3_moe(config, implementation)
+        peer = qwen3_moe(untied, implementation)
+        peer.load_state_dict(models["blueberry"].state_dict())
+        peer.get_input_embeddings().weight.data *= config.hidden_size**0.5  # as Blueberry does in its forward
+        models[f"Qwen3-MoE, {implementation}"] = peer
     models = {name: model.eval().to(DTYPES[dtype]) for name, model in models.items()}
     for batch in (1, 8):
         ids, new = next(random_batches(config.vocab_size, (batch, 64))), 64
