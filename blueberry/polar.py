@@ -44,6 +44,11 @@ ROBUST: tuple[Step, ...] = (
 )  # fmt: skip
 
 
+# Converges to 1 from all that a set ends in, up to 1.5 at least; what steps beyond the three of `robust` are, because
+# its last one is bounded on its own interval only. Source: the Taylor series of (1 - r)^(-1/2) to the second order.
+_CONVERGENT: Step = (15 / 8, -10 / 8, 3 / 8)
+
+
 def _cushioned(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """Evaluate every step at x / 1.01, so that rounding errors do not leave its interval."""
     return tuple(tuple(c / 1.01 ** (2 * i + 1) for i, c in enumerate(step)) for step in steps)
@@ -59,7 +64,8 @@ COEFFICIENTS: dict[str, tuple[Step, ...]] = {
 
 
 def coefficient_steps(coefficients: str, ns_steps: int | None = None) -> tuple[Step, ...]:
-    """The coefficients of each step. `ns_steps=None` takes the set's own number; more steps repeat the last one.
+    """The coefficients of each step. `ns_steps=None` takes the set's own number; more steps repeat the last one, with
+    `robust` they are convergent ones.
 
     Raises ValueError on an unknown set or `ns_steps` outside 1..20.
     """
@@ -70,7 +76,8 @@ def coefficient_steps(coefficients: str, ns_steps: int | None = None) -> tuple[S
         return table
     if not 1 <= ns_steps <= 20:
         raise ValueError(f"ns_steps={ns_steps} is outside 1..20: {coefficients} is made for {len(table)}")
-    return table[:ns_steps] + (table[-1],) * max(0, ns_steps - len(table))
+    further = _CONVERGENT if coefficients == "robust" else table[-1]
+    return table[:ns_steps] + (further,) * max(0, ns_steps - len(table))
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

@@ -213,6 +213,18 @@ def test_newton_schulz_brings_singular_values_of_gaussian_matrices_close_to_one(
     assert low < sigma.min() and sigma.max() < high
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coefficients", sorted(COEFFICIENTS))
+def test_any_number_of_steps_stays_bounded(coefficients, dtype):
+    for shape in ((48, 48), (32, 96)):
+        for steps in range(1, 21):
+            factor = newton_schulz(gaussian(*shape).float(), steps, coefficients, dtype)
+            sigma = torch.linalg.svdvals(factor.double())
+            assert sigma.max() < (1.25 if steps >= len(COEFFICIENTS[coefficients]) else 2)  # polar_express: from above
+            if coefficients == "robust" and steps > 5:
+                assert sigma.min() > 0.98
+
+
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), exponent=st.integers(-66, 66), seed=st.integers(0, 1000))
 def test_newton_schulz_does_not_depend_on_scale(rows, columns, exponent, seed):
