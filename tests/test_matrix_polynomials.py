@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blueberry.matrix_polynomials import polynomial
+from blueberry.matrix_polynomials import _octic_factors, polynomial
 from blueberry.polar import COEFFICIENTS, newton_schulz
 from blueberry.scratch import Scratch
 
@@ -32,14 +32,12 @@ def test_a_polynomial_of_a_matrix_is_the_sum_of_its_powers(seed, degree, data):
     step = (*data.draw(st.lists(coefficient, min_size=degree, max_size=degree)), leading)
     gram = symmetric(seed)
     found, expected = polynomial(gram, step), by_definition(gram, step)
-    # Factors of degree 8 grow where a coefficient of them nearly vanishes: fp64 has digits to spare for 1e-7
+    # The factors of degree 8 grow where a divisor of them nearly vanishes, and rounding errors with their square
     scale = max(1.0, factors_size(step))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13 * scale)
 
 
 def factors_size(step: tuple[float, ...]) -> float:
-    from blueberry.matrix_polynomials import _octic_factors
-
     return max(map(abs, _octic_factors(step))) ** 2 if len(step) == 9 else 1e2
 
 
