@@ -9,11 +9,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from blueberry.errors import UsageError
 from blueberry.optim import ComposedOptimizer, build_optimizer
+
+
+@pytest.fixture(autouse=True)
+def accelerate_of_its_own() -> None:
+    """Accelerate's state is one to a process: a test before that trained in bf16 would have this file's models do so."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class TinyModel(nn.Module):
