@@ -158,6 +158,19 @@ def test_the_report_gives_every_claim_a_verdict_by_its_rule(results):
     assert all(claim["text"].split(" (")[0].replace("'", "") in page.replace("'", "") for claim in claims.values())
 
 
+def test_the_spectral_log_is_dense_where_spectra_change_fastest(results):
+    """AdamW's entropy once fell "at or before step 62", the first log there was."""
+    from experiments.runs import Run
+
+    run = Run("moe", {}, "sotu", steps=500, batch=16, length=128, optimizer="adamw", lr=0.01, spectral_logs=8)
+    assert run.logged_steps() == [1, 2, 4, 8, 16, 32, *range(62, 501, 62)]
+    assert run.with_(steps=6).logged_steps() == [1, 2, 3, 4, 5, 6]
+    name = read(results, "experiment_1")["moe"]["runs"]["adamw"][0]
+    record = json.loads((results / "runs" / name).read_text())
+    log = pd.read_parquet((results / "runs" / name).with_suffix("") / "spectral_log")
+    assert sorted(log.step.unique()) == [0, *Run(**record["run"]).logged_steps()]
+
+
 def test_norms_are_set_against_losses_of_steps_between_two_spectral_logs(run_script):
     """Evaluations and spectral logs fall on different steps: the report once said "correlation nan"."""
     from experiments.stretching import _correlation

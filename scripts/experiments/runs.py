@@ -51,7 +51,7 @@ class Run:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # others of `build_optimizer`
     seed: int = 0  # of the initialization and of the order of the data
     evaluations: int = 1  # evenly spaced, the last one at the end
-    spectral_logs: int = 0  # evenly spaced, besides that of the initial weights
+    spectral_logs: int = 0  # evenly spaced, besides those of the initial weights and of the first steps
     adamw_lr: float = 0.008  # of what Muon leaves to AdamW
     accumulation: int = 1  # micro-batches of a step
     bf16: bool = False  # autocast; weights and optimizer stay in float32
@@ -75,6 +75,13 @@ class Run:
     def path(self, folder: Path) -> Path:
         """Of the record in the folder of all runs; the spectral log lies beside it, without `.json`."""
         return folder / self.model_name / f"{self.name}.json"
+
+    def logged_steps(self) -> list[int]:
+        """Of the spectral log, after step 0: evenly spaced, and before the first of them, where spectra change
+        fastest, the powers of two."""
+        every = max(1, self.steps // self.spectral_logs)
+        early = [2**power for power in range(every.bit_length()) if 2**power < every]
+        return [*early, *range(every, self.steps + 1, every)]
 
     def data(self) -> PreparedData:
         """The windows to train and validate on; packed at the first call, cached for the others."""
@@ -176,7 +183,8 @@ def _train(run: Run, kept: Path, watch: Sequence[TrainerCallback]) -> Record:
     model = BlueberryForCausalLM(BlueberryConfig(**run.model))
     callbacks = [clock := StepTimeCallback(), health := Health(), *watch]
     if run.spectral_logs:
-        callbacks.append(SpectralMetricsCallback(every_n_steps=max(1, run.steps // run.spectral_logs)))
+        milestones = [step * run.batch * run.length for step in run.logged_steps()]
+        callbacks.append(SpectralMetricsCallback(token_milestones=milestones))
     with TemporaryDirectory() as scratch, redirect_stdout(io.StringIO()):  # the audit
         args = run.arguments(scratch)
         trainer = BlueberryTrainer(
