@@ -121,6 +121,23 @@ def olmoe(config: BlueberryConfig, implementation: str) -> PreTrainedModel:
     return build(peer, implementation)
 
 
+def with_weights_of(
+    ours: PreTrainedModel, family: Callable[[BlueberryConfig, str], PreTrainedModel], implementation: str
+) -> PreTrainedModel:
+    """A peer with Blueberry's weights: time depends on how many experts are chosen, so both must choose the same.
+
+    The embedding is scaled by sqrt(hidden_size), as Blueberry does in its forward, and so not tied to the head.
+    Norms keep their ones: OLMoE has other shapes of them.
+    """
+    config = copy(ours.config)
+    config.tie_word_embeddings = False
+    peer = family(config, implementation)
+    norms = {name: weight for name, weight in peer.state_dict().items() if "norm" in name}
+    peer.load_state_dict({name: w for name, w in ours.state_dict().items() if "norm" not in name} | norms)
+    peer.get_input_embeddings().weight.data *= config.hidden_size**0.5
+    return peer
+
+
 def random_batches(vocab_size: int, batch: tuple[int, int]) -> Iterator[Tensor]:
     """Token ids, other ones each time: the numbers of tokens that experts get differ from step to step."""
     generator = torch.Generator().manual_seed(1)
@@ -143,13 +160,11 @@ def training_step(model: PreTrainedModel, batches: Iterator[Tensor], dtype: str,
 def training(dtype: str, gated: bool, vocab_size: int, batch: tuple[int, int], repeats: int) -> Iterator[Record]:
     """Forward and backward at the blueberry-moe size."""
     config = BlueberryConfig.from_preset("blueberry-moe", vocab_size=vocab_size, gated_experts=gated)
-    models = {
-        "blueberry": build(config),
-        "Qwen3-MoE, eager experts": qwen3_moe(config, "eager"),
-        "Qwen3-MoE, grouped_mm": qwen3_moe(config, "grouped_mm"),
-    }
+    models = {"blueberry": (ours := build(config))}
+    models["Qwen3-MoE, eager experts"] = with_weights_of(ours, qwen3_moe, "eager")
+    models["Qwen3-MoE, grouped_mm"] = with_weights_of(ours, qwen3_moe, "grouped_mm")
     if gated:
-        models["OLMoE, eager experts"] = olmoe(config, "eager")
+        models["OLMoE, eager experts"] = with_weights_of(ours, olmoe, "eager")
     setting = {"experts": "gated" if gated else "ungated", "vocab_size": vocab_size, "batch": list(batch)}
     yield from compare_training(models, config, dtype, batch, repeats, setting)
 
@@ -328,19 +343,11 @@ def peak_memory(name: str, dtype: str) -> int:
 
 
 def decode(dtype: str, repeats: int) -> Iterator[Record]:
-    """Greedy decoding with a cache after a prompt of 64 tokens, gated experts; bf16 here is the weights' dtype.
-
-    The peers get Blueberry's weights, with which they compute the same: time depends on how many experts are chosen.
-    """
+    """Greedy decoding with a cache after a prompt of 64 tokens, gated experts; bf16 here is the weights' dtype."""
     config = BlueberryConfig.from_preset("blueberry-moe", gated_experts=True)
     models = {"blueberry": build(config)}
-    untied = copy(config)
-    untied.tie_word_embeddings = False
     for implementation in ("eager", "grouped_mm", "batched_mm"):
-        peer = qwen3_moe(untied, implementation)
-        peer.load_state_dict(models["blueberry"].state_dict())
-        peer.get_input_embeddings().weight.data *= config.hidden_size**0.5  # as Blueberry does in its forward
-        models[f"Qwen3-MoE, {implementation}"] = peer
+        models[f"Qwen3-MoE, {implementation}"] = with_weights_of(models["blueberry"], qwen3_moe, implementation)
     models = {name: model.eval().to(DTYPES[dtype]) for name, model in models.items()}
     for batch in (1, 8):
         ids, new = next(random_batches(config.vocab_size, (batch, 64))), 64
