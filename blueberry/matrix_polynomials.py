@@ -30,18 +30,18 @@ def polynomial(gram: Tensor, step: Step, scratch: Scratch | None = None) -> Tens
 def _quartic(gram: Tensor, step: Step, scratch: Scratch | None) -> Tensor:
     """e y^2 (y^2 + d/e y + c/e) + b y + a."""
     a, b, c, d, e = _in_powers(step, _QUARTIC_CENTER)
-    y, square, mixed, result = _places(gram, scratch)
-    y = _centered(gram, _QUARTIC_CENTER, out=y)
+    y_place, square, mixed, _ = _places(gram, scratch)
+    y = _centered(gram, _QUARTIC_CENTER, out=y_place)
     square = torch.bmm(y, y, out=square)
     mixed = _add_to_diagonal(torch.add(square, y, alpha=d / e, out=mixed), c / e)
-    return _add_to_diagonal(torch.baddbmm(y, square, mixed, beta=b, alpha=e, out=result), a)
+    return _add_to_diagonal(torch.baddbmm(y, square, mixed, beta=b, alpha=e, out=y_place), a)
 
 
 def _octic(gram: Tensor, step: Step, scratch: Scratch | None) -> Tensor:
     """See `_OcticFactors`."""
     factors = _octic_factors(step)
-    y, square, mixed, first = _places(gram, scratch)
-    y = _centered(gram, _OCTIC_CENTER, out=y)
+    y_place, square, mixed, first = _places(gram, scratch)
+    y = _centered(gram, _OCTIC_CENTER, out=y_place)
     square = torch.bmm(y, y, out=square)
     cubic = torch.add(square, y, alpha=factors.cubic, out=mixed)
     first = torch.baddbmm(y, square, cubic, beta=factors.linear, out=first)
@@ -49,8 +49,7 @@ def _octic(gram: Tensor, step: Step, scratch: Scratch | None) -> Tensor:
     more = torch.add(square, y, alpha=factors.more_linear / factors.more_square, out=mixed)
     second = torch.add(first, more, alpha=factors.more_square, out=mixed)
     second = _add_to_diagonal(second, factors.more_constant)
-    out = place(scratch, "square", gram.shape, gram)
-    product = torch.baddbmm(y, first, second, beta=factors.rest_linear, alpha=factors.leading, out=out)
+    product = torch.baddbmm(y, first, second, beta=factors.rest_linear, alpha=factors.leading, out=y_place)
     return _add_to_diagonal(product, factors.rest_constant)
 
 
@@ -100,7 +99,7 @@ def _centered(gram: Tensor, center: float, out: Tensor | None) -> Tensor:
 
 
 def _places(gram: Tensor, scratch: Scratch | None) -> list[Tensor | None]:
-    return [place(scratch, name, gram.shape, gram) for name in ("centered", "square", "mixed", "result")]
+    return [place(scratch, name, gram.shape, gram) for name in ("centered", "square", "mixed", "first")]
 
 
 def _add_to_diagonal(stack: Tensor, value: float) -> Tensor:

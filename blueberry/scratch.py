@@ -4,14 +4,16 @@ The CPU's allocator gives large blocks back at once, and taking them again costs
 seventh of an optimizer's step.
 """
 
+import threading
 from math import prod
 
 import torch
 from torch import Tensor
 
 
-class Scratch:
-    """Buffers by name. A tensor taken under a name is overwritten by what is taken under that name next."""
+class Scratch(threading.local):
+    """Buffers by name, to each thread its own. A tensor taken under a name is overwritten by what the thread takes
+    under that name next."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

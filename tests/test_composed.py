@@ -19,7 +19,7 @@ from blueberry.optim import ComposedOptimizer, build_optimizer
 
 @pytest.fixture(autouse=True)
 def accelerate_of_its_own() -> None:
-    """Accelerate's state is one to a process: a test before that trained in bf16 would have this file's models do so."""
+    """Accelerate's state is one to a process: after a test that trained in bf16 this file's models would do so."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

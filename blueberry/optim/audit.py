@@ -2,11 +2,12 @@
 
 import math
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,14 @@ class _Sums:
         return row
 
 
+class _Sample(NamedTuple):
+    """The update of one matrix."""
+
+    norm: float
+    name: str  # of the parameter
+    matrix: Tensor
+
+
 def _added(sums: Sequence[_Sums]) -> _Sums:
     """Those of one parameter, from several ranks."""
     return _Sums(
@@ -94,31 +103,38 @@ class _StepMeasurement:
         self._names = parameter_names(muon)
         self._inner_updates, self._inner_move = muon._updates, muon._move
         self._inner_orthogonalize = muon.orthogonalize
-        self._batch: list[Any] = []  # the pieces in the works
-        self._sampled: set[tuple[str, torch.Size]] = set()
+        self._works = threading.local()  # of each worker: the `pieces` in the works
+        self._lock = threading.Lock()
+        self._largest: dict[tuple[str, torch.Size], _Sample] = {}  # of each kind of parameter
 
     def updates(self, pieces: list[Any], directions: Tensor, *scratch: Any) -> Sequence[Tensor]:
-        self._batch = pieces
+        self._works.pieces = pieces
         return self._inner_updates(pieces, directions, *scratch)
 
     def move(self, piece: Any, results: list[Tensor]) -> None:
         before = piece.weight.detach().clone()
         self._inner_move(piece, results)
-        sums = self._sums(piece)
-        sums.squared_weight += _squared_norm(before)
-        sums.squared_change += _squared_norm(piece.weight - before)
-        sums.lr = float(piece.group["lr"])
+        squares = _squared_norm(before), _squared_norm(piece.weight - before)
+        with self._lock:
+            sums = self._sums(piece)
+            sums.squared_weight += squares[0]
+            sums.squared_change += squares[1]
+            sums.lr = float(piece.group["lr"])
 
     def orthogonalize(self, directions: Tensor, group: dict[str, Any], *scratch: Any) -> Tensor:
         update = self._inner_orthogonalize(directions, group, *scratch)
-        matrices = update.reshape(len(self._batch), -1, *update.shape[-2:])  # (pieces, matrices, out, in)
-        for piece in self._batch:
-            self._sums(piece).matrices += matrices.shape[1] / copies(piece.parameter, piece.holding)
-        self._sample(matrices)
+        pieces = self._works.pieces
+        matrices = update.reshape(len(pieces), -1, *update.shape[-2:])  # (pieces, matrices, out, in)
+        with self._lock:
+            for piece in pieces:
+                self._sums(piece).matrices += matrices.shape[1] / copies(piece.parameter, piece.holding)
+            self._sample(pieces, matrices)
         return update
 
     def of_all_ranks(self, muon: Muon) -> dict[str, _Sums]:
         """The sums, also over the ranks that work on the parameters with this one."""
+        for sample in self._largest.values():
+            self.sums[sample.name].singular_values += _singular_value_range(sample.matrix)
         found = [dict(self.sums)]
         example = next(iter(self._names), None)
         for ranks in [] if example is None else groups_of(example, muon.replicas):
@@ -128,16 +144,14 @@ class _StepMeasurement:
         names = [name for name in self._names.values() if any(name in sums for sums in found)]
         return {name: _added([sums[name] for sums in found if name in sums]) for name in names}
 
-    def _sample(self, matrices: Tensor) -> None:
-        """Of each kind of parameter in the batch the matrix with the largest norm, once a step."""
+    def _sample(self, pieces: list[Any], matrices: Tensor) -> None:
+        """Keep the matrix with the largest norm of each kind of parameter, over all batches of the step."""
         largest, which = torch.linalg.vector_norm(matrices, dim=(-2, -1)).max(dim=1)
-        for index in largest.argsort(descending=True).tolist():
-            piece = self._batch[index]
-            kind = _NUMBER.sub("{}", self._names[piece.parameter]), matrices.shape[-2:]
-            if kind not in self._sampled:
-                self._sampled.add(kind)
-                matrix = matrices[index, which[index]]
-                self._sums(piece).singular_values += _singular_value_range(matrix)
+        for index, norm in enumerate(largest.nan_to_num(nan=math.inf).tolist()):
+            name = self._names[pieces[index].parameter]
+            kind = _NUMBER.sub("{}", name), matrices.shape[-2:]
+            if kind not in self._largest or norm > self._largest[kind].norm:
+                self._largest[kind] = _Sample(norm, name, matrices[index, which[index]].clone())
 
     def _sums(self, piece: Any) -> _Sums:
         return self.sums[self._names[piece.parameter]]

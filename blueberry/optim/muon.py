@@ -4,7 +4,7 @@ K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", htt
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,10 @@ from .costs import newton_schulz_flops
 from .distributed import Alone, Anyhow, Holding, Slabs, Steps, Task, holding, local, new_state, run_tasks, slab_of
 from .sharing import BUCKET_BYTES
 from .splits import cut, join
+from .workers import run_on_workers
 
 SCALE_MODES = ("shape", "rms_match", "none")
-CPU_BATCH_BYTES, BATCH_BYTES = 64 * 2**20, 512 * 2**20
+CPU_BATCH_BYTES, BATCH_BYTES = 32 * 2**20, 512 * 2**20  # for each thread of a CPU
 CHUNK_ENTRIES = 2**18  # 1 MiB in float32
 
 
@@ -73,8 +74,8 @@ class Muon(Optimizer):
         orthogonalize: False steps along the momentum itself (ablation).
         ns_dtype: dtype of the Newton-Schulz products; None takes the device's fastest.
         layout: how the weights of a group hold their matrices, see `blueberry.optim.splits.Layout`.
-        batch_bytes: bound on temporary memory, as far as one matrix allows; None takes 64 MiB on a CPU, measured
-            fastest, and 512 MiB elsewhere.
+        batch_bytes: bound on temporary memory, as far as one matrix allows; None takes 32 MiB for each thread on a
+            CPU, measured fastest, and 512 MiB elsewhere.
         bucket_bytes: bound on a buffer for what ranks send one another, as far as one weight allows.
 
     Weights may be DTensors (FSDP2, tensor parallelism), see `blueberry.optim.distributed`. Ranks of the process group
@@ -130,9 +131,7 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pieces = [piece for group in self.param_groups for piece in self._pieces(group)]
-        scratch = Scratch()
-        for batch in in_batches([piece for piece in pieces if isinstance(piece.holding, Alone)], self._fitting):
-            self._step_batch(batch, scratch)
+        self._step_alone([piece for piece in pieces if isinstance(piece.holding, Alone)])
         shared = [(piece.holding, self._task(piece)) for piece in pieces if not isinstance(piece.holding, Alone)]
         run_tasks(shared, Steps(self._load, self._work, self._move), self.bucket_bytes)
         return loss
@@ -167,13 +166,31 @@ class Muon(Optimizer):
                 yield piece._replace(weight=weight, gradient=piece.gradient[chosen], state=views, shape=weight.shape)
 
     def _fitting(self, weight: Tensor) -> int:
-        """How many weights like this one a batch may have, at least one."""
-        limit = self.batch_bytes or (CPU_BATCH_BYTES if weight.device.type == "cpu" else BATCH_BYTES)
+        """How many weights like this one a batch may have, at least one; batches that a CPU's threads have in the
+        works together share the bound on memory."""
+        if weight.device.type != "cpu":
+            limit = self.batch_bytes or BATCH_BYTES
+        elif self.batch_bytes is None:
+            limit = CPU_BATCH_BYTES
+        else:
+            limit = self.batch_bytes // torch.get_num_threads()
+        return max(1, limit // self._temporary_bytes(weight))
+
+    def _threads_each(self, batches: Sequence[list[_Piece]]) -> int:
+        """BLAS threads for each batch in the works: all of torch's are busy also where there are few batches, or where
+        single weights are so large that fewer at once keep to the bound on memory."""
+        threads = torch.get_num_threads()
+        limit = self.batch_bytes or threads * CPU_BATCH_BYTES
+        largest = max((len(some) * self._temporary_bytes(some[0].weight) for some in batches), default=1)
+        together = max(1, min(threads, len(batches), limit // largest))
+        return -(-threads // together)
+
+    def _temporary_bytes(self, weight: Tensor) -> int:
+        """In the dtype of the products three of the weight's size and six Gram matrices; one update in float32."""
         short, long = sorted(weight.shape[-2:])
         matrices = weight.numel() // max(1, short * long)
-        # in the dtype of the products three of the weight's size and six Gram matrices; one update in float32
         size = self._product_dtype(weight).itemsize * (3 * short * long + 6 * short * short) + 4 * short * long
-        return max(1, limit // max(1, matrices * size))
+        return max(1, matrices * size)
 
     def _product_dtype(self, weight: Tensor) -> torch.dtype:
         if weight.dtype == torch.float64:
@@ -191,6 +208,16 @@ class Muon(Optimizer):
             shape = (*parameter.shape[:-2], neurons, 1)
             state["neuron_second_moment"] = new_state(parameter, held, shape, dtype)
         return state
+
+    def _step_alone(self, pieces: list[_Piece]) -> None:
+        """Step pieces in batches: on a CPU its threads take one each, the longest first, elsewhere one by one."""
+        work = partial(self._step_batch, scratch=Scratch())
+        batches = sorted(in_batches(pieces, self._fitting), key=lambda some: -len(some) * self._cost(some[0]))
+        if all(batch[0].weight.device.type == "cpu" for batch in batches):
+            run_on_workers(work, batches, self._threads_each(batches))
+            return
+        for batch in batches:
+            work(batch)
 
     def _step_batch(self, pieces: list[_Piece], scratch: Scratch) -> None:
         """Step pieces whose matrices are whole on this rank."""

@@ -23,8 +23,8 @@ _METHODS: dict[type[Optimizer], dict[str, str]] = {
 class PhaseClock:
     """Times the phases of one optimizer's steps between `start` and `stop`; `seconds` maps a phase to its time.
 
-    Work that several threads do at once counts with the mean over torch's threads, so that phases add up to no more
-    than the step. On CUDA the device is synchronised around each phase.
+    Work that several workers do at once counts with the mean over them, so that phases add up to no more than the
+    step. On CUDA the device is synchronised around each phase.
     """
 
     def __init__(self, optimizer: ComposedOptimizer):
@@ -57,7 +57,7 @@ class PhaseClock:
         def clocked(*arguments: Any) -> Any:
             begin = now()
             result = call(*arguments)
-            share = 1 if threading.get_ident() == self._main else threads
+            share = 1 if threading.get_ident() == self._main else threads // torch.get_num_threads()
             with self._lock:
                 self.seconds[phase] += (now() - begin) / share
             return result
