@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .scratch import Scratch, place
+from .symmetric_products import symmetric_product
 
 Step = tuple[float, ...]  # coefficients of x, x^3, x^5 (to x^9, to x^17) of an odd polynomial x P(x^2)
 
@@ -23,7 +24,7 @@ def polynomial(gram: Tensor, step: Step, scratch: Scratch | None = None) -> Tens
     if len(step) == 3:
         a, b, c = step
         out = place(scratch, "square", gram.shape, gram)
-        return _add_to_diagonal(torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=out), a)
+        return _add_to_diagonal(symmetric_product(gram, gram, scratch, out, gram, beta=b, alpha=c), a)
     return _quartic(gram, step, scratch) if len(step) == 5 else _octic(gram, step, scratch)
 
 
@@ -32,9 +33,9 @@ def _quartic(gram: Tensor, step: Step, scratch: Scratch | None) -> Tensor:
     a, b, c, d, e = _in_powers(step, _QUARTIC_CENTER)
     y_place, square, mixed, _ = _places(gram, scratch)
     y = _centered(gram, _QUARTIC_CENTER, out=y_place)
-    square = torch.bmm(y, y, out=square)
+    square = symmetric_product(y, y, scratch, square)
     mixed = _add_to_diagonal(torch.add(square, y, alpha=d / e, out=mixed), c / e)
-    return _add_to_diagonal(torch.baddbmm(y, square, mixed, beta=b, alpha=e, out=y_place), a)
+    return _add_to_diagonal(symmetric_product(square, mixed, scratch, y_place, y, beta=b, alpha=e), a)
 
 
 def _octic(gram: Tensor, step: Step, scratch: Scratch | None) -> Tensor:
@@ -42,14 +43,15 @@ def _octic(gram: Tensor, step: Step, scratch: Scratch | None) -> Tensor:
     factors = _octic_factors(step)
     y_place, square, mixed, first = _places(gram, scratch)
     y = _centered(gram, _OCTIC_CENTER, out=y_place)
-    square = torch.bmm(y, y, out=square)
+    square = symmetric_product(y, y, scratch, square)
     cubic = torch.add(square, y, alpha=factors.cubic, out=mixed)
-    first = torch.baddbmm(y, square, cubic, beta=factors.linear, out=first)
+    first = symmetric_product(square, cubic, scratch, first, y, beta=factors.linear)
     first = _add_to_diagonal(first, factors.constant)
     more = torch.add(square, y, alpha=factors.more_linear / factors.more_square, out=mixed)
     second = torch.add(first, more, alpha=factors.more_square, out=mixed)
     second = _add_to_diagonal(second, factors.more_constant)
-    product = torch.baddbmm(y, first, second, beta=factors.rest_linear, alpha=factors.leading, out=y_place)
+    rest, leading = factors.rest_linear, factors.leading
+    product = symmetric_product(first, second, scratch, y_place, y, beta=rest, alpha=leading)
     return _add_to_diagonal(product, factors.rest_constant)
 
 

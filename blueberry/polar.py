@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .matrix_polynomials import Step, polynomial
 from .scratch import Scratch, place
+from .symmetric_products import symmetric_product
 
 # One (a, b, c) per step. Singular values of the result stay around 1 (0.7 to 1.2): these coefficients trade accuracy
 # for a steep slope at 0. Source: K. Jordan et al., "Muon", https://kellerjordan.github.io/posts/muon/
@@ -153,7 +154,8 @@ def _gram(stack: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Products of each matrix with itself, over its long side: (batch, out, in) -> (batch, short, short)."""
     short = min(stack.shape[-2:])
     out = place(scratch, "gram", (len(stack), short, short), stack)
-    return torch.bmm(stack.mT, stack, out=out) if _is_tall(stack) else torch.bmm(stack, stack.mT, out=out)
+    left, right = (stack.mT, stack) if _is_tall(stack) else (stack, stack.mT)
+    return symmetric_product(left, right, scratch, out)
 
 
 def _apply(product: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:

@@ -186,10 +186,10 @@ class Muon(Optimizer):
         return -(-threads // together)
 
     def _temporary_bytes(self, weight: Tensor) -> int:
-        """In the dtype of the products three of the weight's size and six Gram matrices; one update in float32."""
+        """In the dtype of the products three of the weight's size and seven Gram matrices; one update in float32."""
         short, long = sorted(weight.shape[-2:])
         matrices = weight.numel() // max(1, short * long)
-        size = self._product_dtype(weight).itemsize * (3 * short * long + 6 * short * short) + 4 * short * long
+        size = self._product_dtype(weight).itemsize * (3 * short * long + 7 * short * short) + 4 * short * long
         return max(1, matrices * size)
 
     def _product_dtype(self, weight: Tensor) -> torch.dtype:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry.optim import Muon
-from blueberry.optim.costs import newton_schulz_flops
 from blueberry.polar import KELLER_JORDAN, fastest_dtype
+from blueberry.threads import one_blas_thread
 
 from .common import Record, device, interleaved_medians, machine
 
@@ -105,11 +106,18 @@ def benchmark_optimizer(name: str, repeats: int) -> Iterator[Record]:
         yield {"benchmark": "optimizer", "set": name, "optimizer": key, "step_ms": round(1000 * value, 1),
                "over_fastest_peer": round(value / fastest_peer, 3), "n": repeats, **machine()}  # fmt: skip
     rate = gemm_rate(shapes)
-    flops = sum(newton_schulz_flops(shape, dtype=fastest_dtype(device())) for shape in shapes)
+    flops = product_flops(optimizers["blueberry"])
     yield {"benchmark": "optimizer", "set": name, "limit": "its products alone at the measured GEMM rate",
            "gflop": round(flops / 1e9, 1), "gflop_per_s": round(rate / 1e9, 1),
            "step_ms": round(1000 * flops / rate, 1),
            "share_of_limit": round(flops / rate / seconds["blueberry"], 3), **machine()}  # fmt: skip
+
+
+def product_flops(optimizer: torch.optim.Optimizer) -> int:
+    """Operations of the matrix products of a step."""
+    with one_blas_thread(), FlopCounterMode(display=False) as counter:  # which counts those of its own thread
+        optimizer.step()
+    return counter.get_total_flops()
 
 
 def gemm_rate(shapes: list[tuple[int, ...]]) -> float:
