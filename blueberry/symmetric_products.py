@@ -1,11 +1,13 @@
 """Products known to be symmetric, from three quarters of the operations."""
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
 from .scratch import Scratch
 
-MIN_ROWS = 384  # below, moving the mirrored quarter takes what the products save (measured)
+MIN_ROWS, MIN_COLUMNS = 384, 512  # below, moving the mirrored quarter takes what the products save (measured)
 
 
 def symmetric_product(
@@ -22,28 +24,38 @@ def symmetric_product(
     `out`, memory from `scratch`, may be the memory of the addend. A CPU computes the upper half of the rows and the
     last quarter, and mirrors the rest, one matrix at a time; other devices like one large product better.
     """
-    if out is None or out.device.type != "cpu" or out.shape[-1] < MIN_ROWS:
+    rows, columns = left.shape[-2:]
+    if scratch is None or out is None or out.device.type != "cpu" or rows < MIN_ROWS or columns < MIN_COLUMNS:
         if addend is None:
             return torch.bmm(left, right, out=out)
         return torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
-    half = out.shape[-1] // 2
-    rest = out.shape[-1] - half
-    corner = scratch.take("corner", (rest, rest), out)
-    for index, (a, b, result) in enumerate(zip(left, right, out, strict=True)):
-        if addend is None:
-            torch.mm(a[half:], b[:, half:], out=corner)
-            torch.mm(a[:half], b, out=result[:half])
-        else:
-            c = addend[index]
-            torch.addmm(c[half:, half:], a[half:], b[:, half:], beta=beta, alpha=alpha, out=corner)
-            torch.addmm(c[:half], a[:half], b, beta=beta, alpha=alpha, out=result[:half])
-        result[half:, half:] = corner
-        _mirror(result, half, scratch)
+    _three_quarters(left, right, scratch, out, addend, beta, alpha)
     return out
 
 
-def _mirror(matrix: Tensor, half: int, scratch: Scratch) -> None:
-    """Write the upper right block, transposed, over the lower left one. Torch transposes dense blocks faster."""
-    rest = len(matrix) - half
-    block = scratch.take("block", (half, rest), matrix).copy_(matrix[:half, half:])
-    matrix[half:, :half] = scratch.take("transposed", (rest, half), matrix).copy_(block.T)
+def _three_quarters(
+    left: Tensor, right: Tensor, scratch: Scratch, out: Tensor, addend: Tensor | None, beta: float, alpha: float
+) -> None:
+    half, rest = out.shape[-1] // 2, out.shape[-1] - out.shape[-1] // 2
+    corner = scratch.take("corner", (rest, rest), out)
+    block, turned = (
+        scratch.take(name, shape, out) for name, shape in (("block", (half, rest)), ("turned", (rest, half)))
+    )
+    addends = repeat((None, None)) if addend is None else zip(addend[:, :half], addend[:, half:, half:], strict=True)
+    upper_halves = zip(left[:, :half], right, out[:, :half], strict=True)
+    quarters = zip(left[:, half:], right[..., half:], out[:, half:, half:], strict=True)
+    sides = zip(out[:, :half, half:], out[:, half:, :half], strict=True)
+    for (c, last_c), (a, b, upper), (last_a, last_b, last), (source, mirrored) in zip(
+        addends, upper_halves, quarters, sides, strict=False
+    ):
+        _product(last_a, last_b, corner, last_c, beta, alpha)
+        _product(a, b, upper, c, beta, alpha)
+        last.copy_(corner)
+        mirrored.copy_(turned.copy_(block.copy_(source).T))  # torch transposes dense blocks faster
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, addend: Tensor | None, beta: float, alpha: float) -> None:
+    if addend is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(addend, left, right, beta=beta, alpha=alpha, out=out)
