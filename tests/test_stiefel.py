@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stiefel_oracle import reference_optimum, share_of_optimum
 
@@ -50,6 +50,7 @@ def test_all_solvers_reach_the_optimum_in_the_end_and_nobody_exceeds_it(shape):
 
 @given(st.integers(1, 12), st.integers(0, 10), st.integers(0, 10**6), st.sampled_from(SOLVERS))
 @settings(max_examples=40, deadline=None)
+@example(11, 6, 204, "projected")  # eight steps of Lanczos missed 1.5% of its norm
 def test_a_direction_is_tangent_of_unit_norm_and_ascends(short, extra, seed, solver):
     point, gradient = problem(short + extra, short, seed)
     step = steepest_tangent_step(point[None], gradient[None], None, solver, **BALANCED)

@@ -181,9 +181,12 @@ class Muon(Optimizer):
         single weights are so large that fewer at once keep to the bound on memory."""
         threads = torch.get_num_threads()
         limit = self.batch_bytes or threads * CPU_BATCH_BYTES
-        largest = max((len(some) * self._temporary_bytes(some[0].weight) for some in batches), default=1)
+        largest = max(map(self._bytes_of_batch, batches), default=1)
         together = max(1, min(threads, len(batches), limit // largest))
         return -(-threads // together)
+
+    def _bytes_of_batch(self, pieces: list[_Piece]) -> int:
+        return len(pieces) * self._temporary_bytes(pieces[0].weight)
 
     def _temporary_bytes(self, weight: Tensor) -> int:
         """In the dtype of the products three of the weight's size and seven Gram matrices; one update in float32."""
@@ -210,9 +213,9 @@ class Muon(Optimizer):
         return state
 
     def _step_alone(self, pieces: list[_Piece]) -> None:
-        """Step pieces in batches: on a CPU its threads take one each, the longest first, elsewhere one by one."""
+        """Step pieces in batches: on a CPU its threads take one each, the largest first, elsewhere one by one."""
         work = partial(self._step_batch, scratch=Scratch())
-        batches = sorted(in_batches(pieces, self._fitting), key=lambda some: -len(some) * self._cost(some[0]))
+        batches = sorted(in_batches(pieces, self._fitting), key=self._bytes_of_batch, reverse=True)
         if all(batch[0].weight.device.type == "cpu" for batch in batches):
             run_on_workers(work, batches, self._threads_each(batches))
             return
