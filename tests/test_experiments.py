@@ -138,6 +138,23 @@ def test_profiles_add_up_and_leave_a_trace(results):
         assert row["kernels"][0]["self_ms"] >= row["kernels"][-1]["self_ms"] > 0
 
 
+def test_a_profile_shows_what_muon_does_on_several_threads(monkeypatch, tmp_path):
+    """Its workers' products were missing from kernels and trace: torch profiles the calling thread alone."""
+    import experiment_4_profiling_overhead as experiment_4
+    import torch
+
+    from blueberry.optim import Muon
+    from blueberry.threads import blas_threads
+
+    weights = [torch.nn.Parameter(torch.randn(8, 9 + number)) for number in range(3)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    monkeypatch.setattr(experiment_4, "_timed_step", lambda plan, muon, tokens: muon.step())
+    with blas_threads(2):
+        experiment_4._profiled_step(None, Muon(weights), None, tmp_path / "trace.json")
+    assert (tmp_path / "trace.json").read_text().count('"aten::baddbmm"') == 4 * len(weights)
+
+
 def test_the_report_gives_every_claim_a_verdict_by_its_rule(results):
     claims = {claim["id"]: claim for claim in json.loads((results / "report.json").read_text())["claims"]}
     assert {number.split("_")[0] for number in claims} == {str(number) for number in range(1, 13)}
