@@ -93,3 +93,21 @@ def test_the_audit_counts_the_same_on_any_number_of_threads():
         assert found[1][name] == {measure: pytest.approx(value, rel=1e-9) for measure, value in row.items()}
     assert [row["orthogonalizations"] for row in found[1].values()] == [1] * 9 + [40]
     assert sum("singular_values" in row for row in found[1].values()) == 1  # the kind's largest update, of all batches
+
+
+def test_the_audit_samples_the_largest_update_of_all_batches():
+    """It took the largest of the first batch: a blow-up in a later one stayed unseen."""
+
+    class Broken(Muon):
+        calls = 0
+
+        def orthogonalize(self, directions, group, scratch=None):
+            self.calls += 1
+            return super().orthogonalize(directions, group, scratch) * (4 if self.calls == 3 else 1)
+
+    muon = Broken([(f"layers.{i}.w", weight) for i, weight in enumerate(parameters([(6, 4)] * 5))], batch_bytes=1)
+    meter = UpdateMeter()
+    with blas_threads(1), meter.watch(muon):
+        muon.step()
+    (sampled,) = (row["singular_values"] for row in meter.measurements.values() if "singular_values" in row)
+    assert muon.calls == 5 and sampled[1] > 2

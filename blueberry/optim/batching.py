@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 
-class _HasWeight(Protocol):
+class HasWeight(Protocol):
     @property
     def weight(self) -> Tensor: ...
 
@@ -14,7 +14,7 @@ class _HasWeight(Protocol):
     def group(self) -> dict[str, Any]: ...
 
 
-_Piece = TypeVar("_Piece", bound=_HasWeight)
+_Piece = TypeVar("_Piece", bound=HasWeight)
 Fitting = Callable[[Tensor], int]  # how many weights like this one to take at once, at least one
 
 

@@ -216,11 +216,7 @@ class Muon(Optimizer):
         """Step pieces in batches: on a CPU its threads take one each, the largest first, elsewhere one by one."""
         work = partial(self._step_batch, scratch=Scratch())
         batches = sorted(in_batches(pieces, self._fitting), key=self._bytes_of_batch, reverse=True)
-        if all(batch[0].weight.device.type == "cpu" for batch in batches):
-            run_on_workers(work, batches, self._threads_each(batches))
-            return
-        for batch in batches:
-            work(batch)
+        run_on_workers(work, batches, self._threads_each(batches))
 
     def _step_batch(self, pieces: list[_Piece], scratch: Scratch) -> None:
         """Step pieces whose matrices are whole on this rank."""

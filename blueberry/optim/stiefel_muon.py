@@ -3,7 +3,7 @@
 J. Bernstein, "Modular Manifolds", Thinking Machines Lab, 2025. See docs/manifold_muon.md for the equations.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ class StiefelMuon(ManifoldOptimizer):
             for piece, weight in zip(batch, self._moved(batch, directions), strict=True):
                 piece.move_to(weight)
 
-        _on_workers(step, pieces)
+        run_on_workers(step, list(in_batches(pieces, _fitting)))
 
     def _task(self, piece: Piece) -> Task:
         """The weight travels, its dual variables and its direction; the first two come back."""
@@ -157,7 +157,7 @@ class StiefelMuon(ManifoldOptimizer):
             directions = torch.stack([piece.gradient for piece in batch])
             moved.update(zip(map(id, batch), self._moved(batch, directions), strict=True))
 
-        _on_workers(step, together)
+        run_on_workers(step, list(in_batches(together, _fitting)))
         return [[moved[id(piece)], *piece.state.values()] for piece in together]
 
     def _store(self, piece: Piece, results: list[Tensor]) -> None:
@@ -251,16 +251,6 @@ def _summary(solved: list[TangentStep]) -> tuple[float, float, float]:
     matrices = [len(step.residual) for step in solved]
     iterations = sum(step.iterations * count for step, count in zip(solved, matrices, strict=True))
     return max((step.residual.max().item() for step in solved), default=0.0), float(iterations), float(sum(matrices))
-
-
-def _on_workers(step: Callable[[list[Piece]], None], pieces: Sequence[Piece]) -> None:
-    """Pieces of one kind together; on a CPU each thread takes some."""
-    batches = list(in_batches(pieces, _fitting))
-    if all(batch[0].weight.device.type == "cpu" for batch in batches):
-        run_on_workers(step, batches)
-        return
-    for batch in batches:
-        step(batch)
 
 
 def _fitting(weight: Tensor) -> int:

@@ -12,19 +12,23 @@ from typing import TypeVar
 import torch
 
 from ..threads import blas_threads
+from .batching import HasWeight
 
-_Batch = TypeVar("_Batch")
-_Result = TypeVar("_Result")
+_Piece = TypeVar("_Piece", bound=HasWeight)
 
 
 def run_on_workers(
-    work: Callable[[_Batch], _Result], batches: Sequence[_Batch], threads_each: int = 1
-) -> list[_Result]:
-    """`[work(batch) for batch in batches]`, without gradients, on workers with so many BLAS threads each: as many
-    workers as torch's threads suffice for."""
+    step: Callable[[list[_Piece]], None], batches: Sequence[list[_Piece]], threads_each: int = 1
+) -> None:
+    """Step each batch, without gradients: on a CPU on workers with so many BLAS threads each, as many as torch's
+    threads suffice for, elsewhere one batch after the other."""
     workers = torch.get_num_threads() // threads_each
-    with blas_threads(threads_each):
-        if workers < 2 or len(batches) < 2:
-            return [torch.no_grad()(work)(batch) for batch in batches]
+    on_cpu = all(batch[0].weight.device.type == "cpu" for batch in batches)
+    step = torch.no_grad()(step)
+    with blas_threads(threads_each if on_cpu else torch.get_num_threads()):
+        if not on_cpu or workers < 2 or len(batches) < 2:
+            for batch in batches:
+                step(batch)
+            return
         with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, threads_each)) as pool:
-            return list(pool.map(torch.no_grad()(work), batches))
+            list(pool.map(step, batches))  # raises what a worker raised
