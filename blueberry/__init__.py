@@ -4,6 +4,8 @@ Names are imported on first use, so that `import blueberry` costs milliseconds. 
 registered with transformers' Auto classes as soon as transformers is there to register with.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -44,5 +46,9 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
 
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # Read when torch is loaded; see `idle_threads_sleep` in threads_blueberry.py. Other work keeps its speed.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 register_when_used()

@@ -1,13 +1,17 @@
 """Causal attention for training on a CPU: by blocks of queries, each with the keys it may see.
 
-Each block is two (in the backward four) batched products and a softmax, one sequence at a time, so that it stays in
-the cache: for sequences of 512 in bf16 half the time of torch's CPU kernel of `scaled_dot_product_attention`. The file
-ships to the Hub as remote code, so it imports torch only.
+Each block is two (in the backward four) batched products and a softmax, one sequence at a time on each thread, so that
+it stays in the cache: for sequences of 512 in bf16 half the time of torch's CPU kernel of
+`scaled_dot_product_attention`. The file ships to the Hub as remote code, so it imports torch and its sibling only.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .threads_blueberry import idle_threads_sleep, run_on_workers
 
 BLOCK = 128  # queries at a time; measured fastest of 64 to 256 for sequences of 512
 LONGEST = 1024  # keeping the weights for the backward pays up to here; torch's kernel is as fast at 2048
@@ -30,48 +34,82 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 
 class _CausalAttention(torch.autograd.Function):
-    """One sequence and one block of queries at a time."""
+    """One sequence (or some of its heads) to a worker, and one block of queries at a time."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         batch, heads, seq, size = query.shape
         output = value.new_empty(batch, seq, heads, size)
         mask = future_mask(query)
-        kept = []
-        for index in range(batch):
-            q, k, v = query[index] * scaling, spread(key[index], heads), spread(value[index], heads)
+        pieces = cut(batch, heads, key.shape[1], torch.get_num_threads())
+        kept: list[list[Tensor]] = [[] for _ in pieces]
+
+        def work(number: int) -> None:
+            index, own, shared = pieces[number]
+            q, k, v = operands(query[index, own], key[index, shared], value[index, shared], scaling)
             for start in range(0, seq, BLOCK):
                 weights = block_weights(q, k, start, mask)
                 stop = start + weights.shape[1]
-                output[index, start:stop] = (weights @ v[:, :stop]).transpose(0, 1)
-                kept.append(weights)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.scaling = scaling
+                output[index, start:stop, own] = (weights @ v[:, :stop]).transpose(0, 1)
+                kept[number].append(weights)
+
+        for_each_piece(work, pieces)
+        ctx.save_for_backward(query, key, value, *(weights for blocks in kept for weights in blocks))
+        ctx.scaling, ctx.pieces = scaling, pieces
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
-        heads, seq = query.shape[1:3]
-        weights_kept = iter(kept)
+        seq, blocks = query.shape[2], len(kept) // len(ctx.pieces)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-        for index in range(len(query)):
-            q, k, v = query[index] * ctx.scaling, spread(key[index], heads), spread(value[index], heads)
-            grad = grad_output[index].transpose(0, 1).to(v.dtype, memory_format=torch.contiguous_format)
+
+        def work(number: int) -> None:
+            index, own, shared = ctx.pieces[number]
+            q, k, v = operands(query[index, own], key[index, shared], value[index, shared], ctx.scaling)
+            grad = grad_output[index, :, own].transpose(0, 1).to(v.dtype, memory_format=torch.contiguous_format)
             grad_q = torch.empty_like(q)
             grad_k, grad_v = (torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in "kv")
-            for start in range(0, seq, BLOCK):
-                weights = next(weights_kept)  # (heads, block, stop)
+            for block, start in enumerate(range(0, seq, BLOCK)):
+                weights = kept[number * blocks + block]  # (heads, block, stop)
                 stop = start + weights.shape[1]
                 grad_v[:, :stop] += weights.transpose(1, 2) @ grad[:, start:stop]
                 grad_weights = grad[:, start:stop] @ v[:, :stop].transpose(1, 2)  # (heads, block, stop)
                 grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
                 grad_q[:, start:stop] = grad_scores @ k[:, :stop]
                 grad_k[:, :stop] += grad_scores.transpose(1, 2) @ q[:, start:stop]
-            for result, part in zip(grads, (grad_q.mul_(ctx.scaling), grad_k, grad_v), strict=True):
-                gather(part, out=result[index])
+            grads[0][index, own] = grad_q.mul_(ctx.scaling)
+            gather(grad_k, out=grads[1][index, shared])
+            gather(grad_v, out=grads[2][index, shared])
+
+        for_each_piece(work, ctx.pieces)
         return *grads, None
+
+
+Piece = tuple[int, slice, slice]  # a sequence, some of its heads, and the key-value heads that these share
+
+
+def cut(batch: int, heads: int, kv_heads: int, workers: int) -> list[Piece]:
+    """Each sequence; if there are fewer than workers, so many parts of its heads that all are busy, if they can be."""
+    parts = next((n for n in range(1, kv_heads) if kv_heads % n == 0 and batch * n >= workers), kv_heads)
+    group, width = heads // kv_heads, kv_heads // parts
+    starts = range(0, kv_heads, width)
+    return [
+        (index, slice(group * kv, group * (kv + width)), slice(kv, kv + width))
+        for index in range(batch)
+        for kv in starts
+    ]
+
+
+def for_each_piece(work: Callable[[int], None], pieces: list[Piece]) -> None:
+    """Work on the number of each piece: on workers, or one after the other with all threads."""
+    run_on_workers(work, range(len(pieces)), 1 if idle_threads_sleep() else torch.get_num_threads())
+
+
+def operands(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries (heads, seq, size), and as many keys and values, contiguous."""
+    return query * scaling, spread(key, len(query)), spread(value, len(query))
 
 
 def future_mask(query: Tensor) -> Tensor:

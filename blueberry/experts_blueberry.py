@@ -9,6 +9,7 @@ with a norm of their own, and for a few tokens outside training, transformers' `
 The file ships to the Hub as remote code, so it imports torch, transformers and its sibling only.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
@@ -18,12 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers.activations import ACT2FN
+from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .products_blueberry import linear, product_dtype, without_autocast
+from .threads_blueberry import idle_threads_sleep, run_on_workers
 
 EXPERTS_IMPLEMENTATION = "blueberry"
 BLOCK = 16  # an expert's rows come in multiples of it
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 FEW = 256  # tokens up to which transformers' grouped_mm is as fast outside training, and below 100 faster
 
 
@@ -77,6 +82,55 @@ def compute_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.float32 if half and not has_fast_half_precision() else dtype
 
 
+Backward = Callable[[Tensor], Tensor]
+Activation = Callable[
+    [Tensor], tuple[Tensor, Backward]
+]  # its output, and the map from that one's gradient to the input's
+
+
+def silu(x: Tensor) -> tuple[Tensor, Backward]:
+    """x sigmoid(x)."""
+    return F.silu(x), lambda grad: torch.ops.aten.silu_backward(grad, x)
+
+
+def gated_silu(x: Tensor) -> tuple[Tensor, Backward]:
+    """silu(gate) * up of x (rows, 2 width), gate and up side by side -> (rows, width); backward overwrites."""
+    gate, up = x.chunk(2, dim=-1)
+    opened = F.silu(gate)
+
+    def backward(grad: Tensor) -> Tensor:
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, opened, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+        return grad_x
+
+    return opened * up, backward
+
+
+def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
+    """Any other activation."""
+
+    def activation(x: Tensor) -> tuple[Tensor, Backward]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            output = function(x)
+        return output.detach(), lambda grad: torch.autograd.grad(output, x, grad)[0]
+
+    return activation
+
+
+def activation_of(experts: nn.Module) -> Activation:
+    """What an experts module of transformers computes between its products; some models have a gate of their own."""
+    # transformers' default gate is private: if it is gone, autograd does all
+    default_gate = getattr(moe, "_default_apply_gate", None)
+    if experts.has_gate and experts._apply_gate.__func__ is not default_gate:
+        return by_autograd(experts._apply_gate)
+    if isinstance(experts.act_fn, SILU):
+        return gated_silu if experts.has_gate else silu
+    return by_autograd(experts._apply_gate if experts.has_gate else experts.act_fn)
+
+
 def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
     """Sum (weighted by scores) the `rows` (rows, hidden) at `place` (tokens, top_k) -> (tokens, hidden)."""
     return F.embedding_bag(place, rows, mode="sum", per_sample_weights=scores)
@@ -99,16 +153,20 @@ class _SortedExperts(torch.autograd.Function):
         down: Tensor,
         down_bias: Tensor | None,
         routing: Routing,
-        activation: Callable[[Tensor], Tensor],
+        activation: Activation,
     ) -> Tensor:
-        inner = []  # (rows, width) of each expert, before the activation
+        inner: list[Tensor | None] = [None] * len(routing.spans)  # (rows, width) of each, before the activation
         outer = hidden.new_empty(len(routing.pair), down.shape[1])  # (rows, hidden)
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-        for expert, start, stop in routing.spans:
-            rows = slice(start, stop)
-            x = hidden.index_select(0, routing.token[rows])
-            inner.append(_affine(x, cast_up.read(expert), up_bias, expert))
-            outer[rows] = _affine(activation(inner[-1]), cast_down.read(expert), down_bias, expert)
+
+        def work(index: int) -> None:
+            expert, start, stop = routing.spans[index]
+            x = hidden.index_select(0, routing.token[start:stop])
+            inner[index] = _affine(x, cast_up.read(expert), up_bias, expert)
+            after, _ = activation(inner[index])
+            _affine(after, cast_down.read(expert), down_bias, expert, out=outer[start:stop])
+
+        for_each_expert(work, routing.spans)
         outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
         ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, outer, *inner)
         ctx.routing, ctx.activation = routing, activation
@@ -127,27 +185,40 @@ class _SortedExperts(torch.autograd.Function):
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-        for (expert, start, stop), before in zip(routing.spans, inner, strict=True):
+
+        def work(index: int) -> None:
+            expert, start, stop = routing.spans[index]
             rows = slice(start, stop)
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
             grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
             grad.mul_(row_scores[rows])
-            with torch.enable_grad():
-                before = before.detach().requires_grad_()
-                after = ctx.activation(before)  # (rows, width)
+            after, backward = ctx.activation(inner[index])  # (rows, width)
             grad_after = linear(grad, cast_down.read(expert).t())
-            _write_gradients(grad, after.detach(), grad_down, grad_down_bias, expert, cast_down)
-            (grad,) = torch.autograd.grad(after, before, grad_after)  # (rows, width)
-            grad_rows[rows] = linear(grad, cast_up.read(expert).t())
+            _write_gradients(grad, after, grad_down, grad_down_bias, expert, cast_down)
+            grad = backward(grad_after)  # (rows, width)
+            linear(grad, cast_up.read(expert).t(), out=grad_rows[rows])
             x = hidden.index_select(0, routing.token[rows])
             _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
+
+        for_each_expert(work, routing.spans)
         return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None
 
 
-class _Cast:
-    """One expert's matrix at a time in the dtype of the products, in a buffer that stays in the cache."""
+def for_each_expert(work: Callable[[int], None], spans: list[tuple[int, int, int]]) -> None:
+    """Work on the index of each span, the longest first, on workers; but one after the other with all threads where
+    one expert has so many rows that most workers would wait for it."""
+    rows = [stop - start for _, start, stop in spans]
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, len(spans)))
+    pays = idle_threads_sleep() and max(rows, default=0) * workers <= 1.5 * sum(rows)
+    order = sorted(range(len(spans)), key=rows.__getitem__, reverse=True)
+    run_on_workers(work, order, threads // workers if pays else threads)
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+
+class _Cast(threading.local):
+    """One expert's matrix at a time in the dtype of the products, in a buffer that stays in the cache of a thread."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:  # called again by each thread
         self.weight = weight
         self.buffer = None if weight.dtype == dtype else weight.new_empty(weight.shape[1:], dtype=dtype)
 
@@ -163,9 +234,9 @@ class _Cast:
             out.copy_(torch.mm(a, b, out=self.buffer))
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias[expert]; weight (out, in) in the dtype of x."""
-    output = linear(x, weight)
+    output = linear(x, weight, out)
     return output if bias is None else output.add_(bias[expert])
 
 
@@ -228,13 +299,13 @@ def blueberry_experts_forward(
     if not training and tokens != 1 and can_use_grouped_mm(tokens, up, down, dtype):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias
-    activation = self._apply_gate if self.has_gate else self.act_fn
     with without_autocast(hidden_states.device.type):
         if tokens == 1 and not training:
+            activation = self._apply_gate if self.has_gate else self.act_fn
             output = experts_of_one_token(*inputs, top_k_index, activation)
         else:
             routing = sort_by_expert(top_k_index, self.num_experts, block=1 if dtype == torch.float64 else BLOCK)
-            output = _SortedExperts.apply(*inputs, routing, activation)
+            output = _SortedExperts.apply(*inputs, routing, activation_of(self))
     return output.to(hidden_states.dtype)
 
 

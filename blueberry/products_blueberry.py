@@ -35,11 +35,12 @@ def has_onednn_linear() -> bool:
     return operator is not None and str(operator.default._schema) == ONEDNN_LINEAR
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T of x (rows, in) and weight (out, in), outside autograd -> (rows, out).
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x weight^T of x (rows, in) and weight (out, in), outside autograd -> (rows, out), written to `out` if given.
 
     A single row is left to torch.mm: it only reads the weights.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 1 and has_onednn_linear():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return x @ weight.t()
+        product = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return torch.mm(x, weight.t(), out=out)

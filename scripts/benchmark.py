@@ -12,8 +12,6 @@ import argparse
 import json
 from importlib import import_module
 
-import torch
-
 from blueberry.errors import OneLineParser, UsageError, run_script
 
 # Each a module of scripts/benchmarks with `add_arguments` and `run`.
@@ -23,6 +21,8 @@ BENCHMARKS = ("optimizer", "model", "spectral", "manifold", "distributed", "chec
 def main() -> None:
     arguments = parse_arguments()
     if arguments.threads:
+        import torch
+
         torch.set_num_threads(arguments.threads)
     for record in import_module(f"benchmarks.{arguments.what}").run(arguments):
         print(json.dumps(record), flush=True)

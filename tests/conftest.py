@@ -162,7 +162,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_script() -> Callable[..., None]:
     """`run_script("train_llm.py", "--preset", "tiny")` runs a script of scripts/ in this process."""
 
-    from blueberry.threads import one_blas_thread
+    from blueberry.threads_blueberry import one_blas_thread
 
     def run(name: str, *arguments: object) -> None:
         with pytest.MonkeyPatch.context() as patch, one_blas_thread():  # a script may take the threads of all cores

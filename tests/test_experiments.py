@@ -144,7 +144,7 @@ def test_a_profile_shows_what_muon_does_on_several_threads(monkeypatch, tmp_path
     import torch
 
     from blueberry.optim import Muon
-    from blueberry.threads import blas_threads
+    from blueberry.threads_blueberry import blas_threads
 
     weights = [torch.nn.Parameter(torch.randn(8, 9 + number)) for number in range(3)]
     for weight in weights:

@@ -8,7 +8,7 @@ from torch import nn
 
 from blueberry.optim import Muon
 from blueberry.optim.audit import UpdateMeter
-from blueberry.threads import blas_threads
+from blueberry.threads_blueberry import blas_threads
 
 SHAPES = [(6, 4), (6, 4), (6, 4), (4, 6), (8, 8), (5, 3, 9), (4, 6), (6, 4)]
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.optim import Muon
 from blueberry.optim.param_groups import assign_parameters
-from blueberry.threads import one_blas_thread
+from blueberry.threads_blueberry import one_blas_thread
 from blueberry.training.scale import ENGINES, matrices, model_flops, plan
 
 SIZES = {"vocab_size": 41, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from blueberry.threads import one_blas_thread
+from blueberry.threads_blueberry import one_blas_thread
 from trainer_callbacks import SpectralMetricsCallback
 
 RANKS, STEPS = 2, 6

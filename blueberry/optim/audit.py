@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..threads import one_blas_thread
+from ..threads_blueberry import one_blas_thread
 from .distributed import copies, groups_of
 from .finite import whole
 from .muon import Muon

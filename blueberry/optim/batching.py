@@ -1,9 +1,12 @@
 """Which matrices an optimizer takes at once: those of one kind, as many as fit."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+from ..threads_blueberry import run_on_workers
 
 
 class HasWeight(Protocol):
@@ -28,6 +31,15 @@ def in_batches(pieces: Iterable[_Piece], fitting: Fitting) -> Iterator[list[_Pie
         size = fitting(some[0].weight)
         for start in range(0, len(some), size):
             yield some[start : start + size]
+
+
+def step_batches(step: Callable[[list[_Piece]], None], batches: Sequence[list[_Piece]], threads_each: int = 1) -> None:
+    """Step each batch, without gradients: on a CPU on workers with so many threads each, elsewhere one by one."""
+    if all(batch[0].weight.device.type == "cpu" for batch in batches):
+        return run_on_workers(step, batches, threads_each)
+    with torch.no_grad():
+        for batch in batches:
+            step(batch)
 
 
 def expert_slices(stack: Tensor, fitting: Fitting, parts: int = 1) -> Iterator[slice]:

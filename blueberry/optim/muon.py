@@ -15,12 +15,11 @@ from torch.optim import Optimizer
 from ..errors import UsageError
 from ..polar import coefficient_steps, fastest_dtype, newton_schulz
 from ..scratch import Scratch
-from .batching import expert_slices, in_batches
+from .batching import expert_slices, in_batches, step_batches
 from .costs import newton_schulz_flops
 from .distributed import Alone, Anyhow, Holding, Slabs, Steps, Task, holding, local, new_state, run_tasks, slab_of
 from .sharing import BUCKET_BYTES
 from .splits import cut, join
-from .workers import run_on_workers
 
 SCALE_MODES = ("shape", "rms_match", "none")
 CPU_BATCH_BYTES, BATCH_BYTES = 32 * 2**20, 512 * 2**20  # for each thread of a CPU
@@ -216,7 +215,7 @@ class Muon(Optimizer):
         """Step pieces in batches: on a CPU its threads take one each, the largest first, elsewhere one by one."""
         work = partial(self._step_batch, scratch=Scratch())
         batches = sorted(in_batches(pieces, self._fitting), key=self._bytes_of_batch, reverse=True)
-        run_on_workers(work, batches, self._threads_each(batches))
+        step_batches(work, batches, self._threads_each(batches))
 
     def _step_batch(self, pieces: list[_Piece], scratch: Scratch) -> None:
         """Step pieces whose matrices are whole on this rank."""

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from ..manifolds import Stiefel, check_radius, is_wide, orthonormalize, tall
 from ..stiefel import TangentStep, check_solver, steepest_tangent_step
-from .batching import expert_slices, in_batches
+from .batching import expert_slices, in_batches, step_batches
 from .costs import tangent_step_flops
 from .distributed import Anyhow, Holding, Slabs, Task, groups_of, holding, local, new_state, slab_of
 from .finite import whole
 from .manifold_base import ManifoldOptimizer, Piece
 from .manifold_weights import TOLERANCE, put_on_manifold, stiefel_errors
 from .splits import cut, join
-from .workers import run_on_workers
 
 # Matrix elements taken at once: on a CPU what stays in a core's cache, elsewhere what fills the device.
 _BATCH_ELEMENTS = {"cpu": 2**19}
@@ -131,7 +130,7 @@ class StiefelMuon(ManifoldOptimizer):
             for piece, weight in zip(batch, self._moved(batch, directions), strict=True):
                 piece.move_to(weight)
 
-        run_on_workers(step, list(in_batches(pieces, _fitting)))
+        step_batches(step, list(in_batches(pieces, _fitting)))
 
     def _task(self, piece: Piece) -> Task:
         """The weight travels, its dual variables and its direction; the first two come back."""
@@ -157,7 +156,7 @@ class StiefelMuon(ManifoldOptimizer):
             directions = torch.stack([piece.gradient for piece in batch])
             moved.update(zip(map(id, batch), self._moved(batch, directions), strict=True))
 
-        run_on_workers(step, list(in_batches(together, _fitting)))
+        step_batches(step, list(in_batches(together, _fitting)))
         return [[moved[id(piece)], *piece.state.values()] for piece in together]
 
     def _store(self, piece: Piece, results: list[Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..threads import one_blas_thread
+from ..threads_blueberry import one_blas_thread
 from .metrics import Row, update_rows, weight_rows
 from .names import matrix_name
 

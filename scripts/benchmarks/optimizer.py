@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry.optim import Muon
 from blueberry.polar import KELLER_JORDAN, fastest_dtype
-from blueberry.threads import one_blas_thread
+from blueberry.threads_blueberry import one_blas_thread
 
 from .common import Record, device, interleaved_medians, machine
 
