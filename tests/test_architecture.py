@@ -13,8 +13,8 @@ PACKAGES = ("blueberry", "trainer_callbacks", "hub")
 # module prefix -> prefixes of this project it may import; the longest matching prefix decides
 ALLOWED = {
     "blueberry.configuration_blueberry": (),
-    "blueberry.attention_blueberry": (),
-    "blueberry.experts_blueberry": ("blueberry.products_blueberry",),
+    "blueberry.attention_blueberry": ("blueberry.threads_blueberry",),
+    "blueberry.experts_blueberry": ("blueberry.products_blueberry", "blueberry.threads_blueberry"),
     "blueberry.inputs_blueberry": (),
     "blueberry.losses_blueberry": ("blueberry.products_blueberry",),
     "blueberry.norm_blueberry": ("blueberry.products_blueberry",),

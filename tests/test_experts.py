@@ -20,6 +20,7 @@ from transformers import (
 from blueberry import BlueberryConfig, experts_blueberry
 from blueberry.experts_blueberry import EXPERTS_IMPLEMENTATION, combine, sort_by_expert
 from blueberry.modeling_blueberry import BlueberryExperts, BlueberryGatedExperts
+from blueberry.threads_blueberry import blas_threads
 
 GATED = [False, True]
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": 12}
@@ -81,6 +82,49 @@ def test_experts_equal_a_loop_over_tokens_and_so_do_their_gradients(gated: bool,
     torch.testing.assert_close(actual, expected)
     for one, other in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("chosen", "activation"), [([0, 1, 2, 3, 4], "silu"), ([1, 3], "gelu"), ([4], "silu")], ids=["all", "two", "one"]
+)
+@pytest.mark.parametrize("gated", GATED)
+def test_any_number_of_threads_computes_the_same(gated, chosen, activation, threads, monkeypatch):
+    experts = build_experts(gated, hidden_act=activation)
+    hidden, index, weights = random_routing(40, chosen, top_k=min(2, len(chosen)))
+    inputs = [hidden, weights, *experts.parameters()]
+    expected = copy.deepcopy(experts)
+    expected.config._experts_implementation = "eager"
+    others = [hidden, weights, *expected.parameters()]
+    monkeypatch.setattr(experts_blueberry, "idle_threads_sleep", lambda: True)
+    with blas_threads(threads):
+        output = experts(hidden, index, weights)
+        actual = [output, *gradients(output, inputs)]
+    output = expected(hidden, index, weights)
+    torch.testing.assert_close(actual, [output, *gradients(output, others)], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads", "expected"),
+    [
+        ([5, 7, 6, 5], 2, [(1, 1), (1, 2), (1, 0), (1, 3)]),  # (threads, expert), the longest first
+        ([5, 7, 6, 5], 8, [(2, 1), (2, 2), (2, 0), (2, 3)]),
+        ([2, 20, 1, 1], 2, [(2, 1), (2, 0), (2, 2), (2, 3)]),  # a second worker would wait for the second expert
+        ([9], 4, [(4, 0)]),
+        ([], 4, []),
+    ],
+)
+@pytest.mark.parametrize("sleep", [True, False])
+def test_experts_share_the_threads_unless_one_has_most_rows(rows, threads, expected, sleep, monkeypatch):
+    given = []
+    monkeypatch.setattr(experts_blueberry, "idle_threads_sleep", lambda: sleep)
+    monkeypatch.setattr(
+        experts_blueberry, "run_on_workers", lambda work, order, each: given.extend((each, index) for index in order)
+    )
+    spans = [(expert, sum(rows[:expert]), sum(rows[: expert + 1])) for expert in range(len(rows))]
+    with blas_threads(threads):
+        experts_blueberry.for_each_expert(print, spans)
+    assert given == [(each if sleep else threads, index) for each, index in expected]
 
 
 @pytest.mark.parametrize("gated", GATED)

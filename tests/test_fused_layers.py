@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from blueberry import BlueberryConfig, BlueberryForCausalLM
-from blueberry.attention_blueberry import BLOCK, LONGEST, can_attend_in_blocks, causal_attention
+from blueberry import BlueberryConfig, BlueberryForCausalLM, attention_blueberry
+from blueberry.attention_blueberry import BLOCK, LONGEST, can_attend_in_blocks, causal_attention, cut
 from blueberry.losses_blueberry import can_fuse_head, head_cross_entropy, logits_cross_entropy
 from blueberry.norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm
 from blueberry.products_blueberry import linear
+from blueberry.threads_blueberry import blas_threads
 
 
 def norm(size: int, dtype: torch.dtype = torch.float64) -> BlueberryRMSNorm:
@@ -100,18 +101,37 @@ def attention_inputs(seq: int, kv_heads: int, dtype: torch.dtype = torch.float64
     return [3 * torch.randn(2, count, seq, 6, dtype=dtype).requires_grad_() for count in heads]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("seq", [1, 5, BLOCK, 2 * BLOCK + 3])
-def test_attention_by_blocks_is_causal_attention_and_so_are_its_gradients(seq: int, kv_heads: int):
+def test_attention_by_blocks_is_causal_attention_and_so_are_its_gradients(seq, kv_heads, threads, monkeypatch):
+    monkeypatch.setattr(attention_blueberry, "idle_threads_sleep", lambda: True)
     inputs = attention_inputs(seq, kv_heads)
     query, key, value = inputs[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in inputs[1:])
     scores = (query @ key.transpose(2, 3) / 6**0.5).masked_fill(torch.ones(seq, seq).triu(1).bool(), -torch.inf)
     expected = (scores.softmax(-1) @ value).transpose(1, 2)
-    actual = causal_attention(*inputs, 6**-0.5)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(expected)
-    for one, other in zip(*(torch.autograd.grad(x, inputs, direction) for x in (actual, expected)), strict=True):
+    with blas_threads(threads):
+        actual = causal_attention(*inputs, 6**-0.5)
+        gradients = torch.autograd.grad(actual, inputs, direction)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients, torch.autograd.grad(expected, inputs, direction), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "workers", "pieces"),
+    [(4, 8, 8, 2, 4), (1, 8, 8, 2, 2), (1, 8, 2, 16, 2), (3, 12, 6, 8, 9), (2, 6, 3, 5, 6), (1, 4, 1, 2, 1)],
+)
+def test_pieces_have_every_head_once_with_the_keys_that_it_reads(batch, heads, kv_heads, workers, pieces):
+    seen = []
+    cuts = cut(batch, heads, kv_heads, workers)
+    for index, own, shared in cuts:
+        queries, keys = range(heads)[own], range(kv_heads)[shared]
+        assert [head // (heads // kv_heads) for head in queries] == [k for k in keys for _ in range(heads // kv_heads)]
+        seen += [(index, head) for head in queries]
+    assert sorted(seen) == [(index, head) for index in range(batch) for head in range(heads)]
+    assert len(cuts) == pieces
 
 
 def test_attention_by_blocks_takes_only_training_on_whole_sequences():

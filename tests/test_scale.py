@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blueberry import BlueberryConfig, BlueberryForCausalLM
 from blueberry.optim import Muon
 from blueberry.optim.param_groups import assign_parameters
-from blueberry.threads_blueberry import one_blas_thread
+from blueberry.threads_blueberry import blas_threads
 from blueberry.training.scale import ENGINES, matrices, model_flops, plan
 
 SIZES = {"vocab_size": 41, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -111,7 +111,7 @@ def test_the_bytes_are_those_that_ranks_send(ranks, tmp_path):
 
 
 def test_the_operations_are_those_that_torch_counts():
-    with one_blas_thread(), FlopCounterMode(display=False) as counter:  # which counts those of its own thread
+    with blas_threads(2), FlopCounterMode(display=False) as counter:
         stepped(lambda tensor: tensor, None)
     for engine in ENGINES:
         assert matrices(of_muon(), engine, 1, torch.float32)[0] == counter.get_total_flops()
