@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .threads_blueberry import idle_threads_sleep, run_on_workers
+from .threads_blueberry import run_on_workers, workers_pay
 
 BLOCK = 128  # queries at a time; measured fastest of 64 to 256 for sequences of 512
 LONGEST = 1024  # keeping the weights for the backward pays up to here; torch's kernel is as fast at 2048
@@ -53,7 +53,7 @@ class _CausalAttention(torch.autograd.Function):
                 output[index, start:stop, own] = (weights @ v[:, :stop]).transpose(0, 1)
                 kept[number].append(weights)
 
-        for_each_piece(work, pieces)
+        for_each_piece(work, pieces, query)
         ctx.save_for_backward(query, key, value, *(weights for blocks in kept for weights in blocks))
         ctx.scaling, ctx.pieces = scaling, pieces
         return output
@@ -83,7 +83,7 @@ class _CausalAttention(torch.autograd.Function):
             gather(grad_k, out=grads[1][index, shared])
             gather(grad_v, out=grads[2][index, shared])
 
-        for_each_piece(work, ctx.pieces)
+        for_each_piece(work, ctx.pieces, query)
         return *grads, None
 
 
@@ -102,9 +102,11 @@ def cut(batch: int, heads: int, kv_heads: int, workers: int) -> list[Piece]:
     ]
 
 
-def for_each_piece(work: Callable[[int], None], pieces: list[Piece]) -> None:
+def for_each_piece(work: Callable[[int], None], pieces: list[Piece], query: Tensor) -> None:
     """Work on the number of each piece: on workers, or one after the other with all threads."""
-    run_on_workers(work, range(len(pieces)), 1 if idle_threads_sleep() else torch.get_num_threads())
+    batch, heads, seq, size = query.shape
+    multiplications = batch * heads * min(seq, BLOCK) * seq * size // len(pieces)  # of a product of the last block
+    run_on_workers(work, range(len(pieces)), 1 if workers_pay(multiplications) else torch.get_num_threads())
 
 
 def operands(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

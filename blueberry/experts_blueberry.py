@@ -24,7 +24,7 @@ from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .products_blueberry import linear, product_dtype, without_autocast
-from .threads_blueberry import idle_threads_sleep, run_on_workers
+from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
 BLOCK = 16  # an expert's rows come in multiples of it
@@ -166,7 +166,7 @@ class _SortedExperts(torch.autograd.Function):
             after, _ = activation(inner[index])
             _affine(after, cast_down.read(expert), down_bias, expert, out=outer[start:stop])
 
-        for_each_expert(work, routing.spans)
+        for_each_expert(work, routing.spans, down.shape[1:])
         outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
         ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, outer, *inner)
         ctx.routing, ctx.activation = routing, activation
@@ -200,17 +200,18 @@ class _SortedExperts(torch.autograd.Function):
             x = hidden.index_select(0, routing.token[rows])
             _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
 
-        for_each_expert(work, routing.spans)
+        for_each_expert(work, routing.spans, down.shape[1:])
         return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None
 
 
-def for_each_expert(work: Callable[[int], None], spans: list[tuple[int, int, int]]) -> None:
-    """Work on the index of each span, the longest first, on workers; but one after the other with all threads where
-    one expert has so many rows that most workers would wait for it."""
+def for_each_expert(work: Callable[[int], None], spans: list[tuple[int, int, int]], matrix: torch.Size) -> None:
+    """Work on the index of each span, the longest first: on workers, or one after the other with all threads where
+    there is little to do with a `matrix` (out, in), or for all workers but the one with the longest span."""
     rows = [stop - start for _, start, stop in spans]
     threads = torch.get_num_threads()
     workers = max(1, min(threads, len(spans)))
-    pays = idle_threads_sleep() and max(rows, default=0) * workers <= 1.5 * sum(rows)
+    even = max(rows, default=0) * workers <= 1.5 * sum(rows)
+    pays = even and workers_pay(sum(rows) * matrix.numel() // max(1, len(spans)))
     order = sorted(range(len(spans)), key=rows.__getitem__, reverse=True)
     run_on_workers(work, order, threads // workers if pays else threads)
 

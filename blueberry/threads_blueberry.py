@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+ENOUGH = 15_000_000  # multiplications, a tenth of a millisecond in bf16; a quarter of it was measured to be slower
 _Piece = TypeVar("_Piece")
 
 
@@ -47,6 +48,12 @@ def idle_threads_sleep() -> bool:
     """
     spins = os.environ.get("GOMP_SPINCOUNT", "")
     return spins.isdigit() and int(spins) <= 30_000
+
+
+def workers_pay(multiplications: int) -> bool:
+    """Whether short work is faster on workers: OpenMP's idle threads leave the cores to them, and the products of
+    each piece have so many multiplications that Python, which runs on one thread at a time, hardly counts."""
+    return idle_threads_sleep() and multiplications >= ENOUGH
 
 
 def run_on_workers(work: Callable[[_Piece], None], pieces: Sequence[_Piece], threads_each: int = 1) -> None:

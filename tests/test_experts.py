@@ -96,7 +96,7 @@ def test_any_number_of_threads_computes_the_same(gated, chosen, activation, thre
     expected = copy.deepcopy(experts)
     expected.config._experts_implementation = "eager"
     others = [hidden, weights, *expected.parameters()]
-    monkeypatch.setattr(experts_blueberry, "idle_threads_sleep", lambda: True)
+    monkeypatch.setattr(experts_blueberry, "workers_pay", lambda multiplications: True)
     with blas_threads(threads):
         output = experts(hidden, index, weights)
         actual = [output, *gradients(output, inputs)]
@@ -114,17 +114,17 @@ def test_any_number_of_threads_computes_the_same(gated, chosen, activation, thre
         ([], 4, []),
     ],
 )
-@pytest.mark.parametrize("sleep", [True, False])
-def test_experts_share_the_threads_unless_one_has_most_rows(rows, threads, expected, sleep, monkeypatch):
+@pytest.mark.parametrize("pays", [True, False])
+def test_experts_share_the_threads_unless_one_has_most_rows(rows, threads, expected, pays, monkeypatch):
     given = []
-    monkeypatch.setattr(experts_blueberry, "idle_threads_sleep", lambda: sleep)
+    monkeypatch.setattr(experts_blueberry, "workers_pay", lambda multiplications: pays)
     monkeypatch.setattr(
         experts_blueberry, "run_on_workers", lambda work, order, each: given.extend((each, index) for index in order)
     )
     spans = [(expert, sum(rows[:expert]), sum(rows[: expert + 1])) for expert in range(len(rows))]
     with blas_threads(threads):
-        experts_blueberry.for_each_expert(print, spans)
-    assert given == [(each if sleep else threads, index) for each, index in expected]
+        experts_blueberry.for_each_expert(print, spans, torch.Size((3, 2)))
+    assert given == [(each if pays else threads, index) for each, index in expected]
 
 
 @pytest.mark.parametrize("gated", GATED)

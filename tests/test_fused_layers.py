@@ -105,7 +105,7 @@ def attention_inputs(seq: int, kv_heads: int, dtype: torch.dtype = torch.float64
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("seq", [1, 5, BLOCK, 2 * BLOCK + 3])
 def test_attention_by_blocks_is_causal_attention_and_so_are_its_gradients(seq, kv_heads, threads, monkeypatch):
-    monkeypatch.setattr(attention_blueberry, "idle_threads_sleep", lambda: True)
+    monkeypatch.setattr(attention_blueberry, "workers_pay", lambda multiplications: True)
     inputs = attention_inputs(seq, kv_heads)
     query, key, value = inputs[0], *(x.repeat_interleave(4 // kv_heads, dim=1) for x in inputs[1:])
     scores = (query @ key.transpose(2, 3) / 6**0.5).masked_fill(torch.ones(seq, seq).triu(1).bool(), -torch.inf)
