@@ -60,20 +60,22 @@ def run_on_workers(work: Callable[[_Piece], None], pieces: Sequence[_Piece], thr
     """Do the work on each piece, without gradients, on as many workers as torch's threads suffice for, each with
     `threads_each`; on the calling thread if that is one worker.
 
-    Raises what a worker raised, after all have ended. Dispatch modes (such as torch's counter of operations) see the
-    calling thread alone, so under one it works alone.
+    Raises what a worker raised, after all have ended. Profilers and dispatch modes (such as torch's counter of
+    operations) see the calling thread alone, so under one it does all, with all threads.
     """
-    workers = min(torch.get_num_threads() // threads_each, len(pieces))
-    if workers > 1 and not is_in_torch_dispatch_mode():
-        work = _in_mode_of_caller(work)
-        jobs = [_pool(os.getpid(), workers, threads_each).submit(work, piece) for piece in pieces]
-        wait(jobs)
-        for job in jobs:
-            job.result()
+    threads = torch.get_num_threads()
+    workers = min(threads // threads_each, len(pieces))
+    watched = is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
+    if workers < 2 or watched:
+        with torch.no_grad(), blas_threads(threads if watched else threads_each):
+            for piece in pieces:
+                work(piece)
         return
-    with torch.no_grad(), blas_threads(threads_each):
-        for piece in pieces:
-            work(piece)
+    work = _in_mode_of_caller(work)
+    jobs = [_pool(os.getpid(), workers, threads_each).submit(work, piece) for piece in pieces]
+    wait(jobs)
+    for job in jobs:
+        job.result()
 
 
 def _in_mode_of_caller(work: Callable[[_Piece], None]) -> Callable[[_Piece], None]:

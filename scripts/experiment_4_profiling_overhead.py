@@ -23,7 +23,6 @@ from experiments.runs import versions
 from experiments.scales import Plan, parse_plan
 from experiments.stored import Comparison, read_baseline
 from torch import Tensor, nn
-from torch._C._profiler import _ExperimentalConfig
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
@@ -128,8 +127,7 @@ def _shares(trainee: Trainee) -> Record:
 def _profiled_step(plan: Plan, trainee: Trainee, tokens: Tensor, trace: Path) -> list[Record]:
     """The longest kernels of one step, by their own time; the whole goes to `trace`, for chrome://tracing."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    workers = _ExperimentalConfig(profile_all_threads=True)  # Muon's products are theirs
-    with profile(activities=activities, experimental_config=workers) as profiler:
+    with profile(activities=activities) as profiler:
         _timed_step(plan, trainee, tokens)
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))

@@ -139,7 +139,7 @@ def test_profiles_add_up_and_leave_a_trace(results):
 
 
 def test_a_profile_shows_what_muon_does_on_several_threads(monkeypatch, tmp_path):
-    """Its workers' products were missing from kernels and trace: torch profiles the calling thread alone."""
+    """Products of its workers would be missing from kernels and trace: torch profiles the calling thread alone."""
     import experiment_4_profiling_overhead as experiment_4
     import torch
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from blueberry.threads_blueberry import blas_threads, run_on_workers
@@ -60,11 +61,14 @@ def test_an_error_is_raised_once_all_workers_have_ended():
     assert sorted(ended) == [1, 2, 3]
 
 
-def test_a_counter_of_operations_sees_all_of_the_work():
+def test_what_watches_the_calling_thread_sees_all_of_the_work():
     a = torch.ones(8, 8)
     with blas_threads(2), FlopCounterMode(display=False) as counter:
         run_on_workers(lambda _: torch.mm(a, a), range(5))
     assert counter.get_total_flops() == 5 * 2 * 8**3
+    with blas_threads(2), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run_on_workers(lambda _: torch.mm(a, a), range(5))
+    assert {event.key: event.count for event in profiler.key_averages()}["aten::mm"] == 5
 
 
 def _of_a_fork(queue: multiprocessing.Queue) -> None:
