@@ -62,7 +62,7 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
-        seq, blocks = query.shape[2], len(kept) // len(ctx.pieces)
+        seq, blocks = query.shape[2], len(kept) // max(1, len(ctx.pieces))
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
 
         def work(number: int) -> None:
@@ -91,7 +91,7 @@ Piece = tuple[int, slice, slice]  # a sequence, some of its heads, and the key-v
 
 
 def cut(batch: int, heads: int, kv_heads: int, workers: int) -> list[Piece]:
-    """Each sequence; if there are fewer than workers, so many parts of its heads that all are busy, if they can be."""
+    """Each sequence, or the fewest equal parts of its heads that make as many pieces as there are workers."""
     parts = next((n for n in range(1, kv_heads) if kv_heads % n == 0 and batch * n >= workers), kv_heads)
     group, width = heads // kv_heads, kv_heads // parts
     starts = range(0, kv_heads, width)
@@ -105,7 +105,7 @@ def cut(batch: int, heads: int, kv_heads: int, workers: int) -> list[Piece]:
 def for_each_piece(work: Callable[[int], None], pieces: list[Piece], query: Tensor) -> None:
     """Work on the number of each piece: on workers, or one after the other with all threads."""
     batch, heads, seq, size = query.shape
-    multiplications = batch * heads * min(seq, BLOCK) * seq * size // len(pieces)  # of a product of the last block
+    multiplications = batch * heads * min(seq, BLOCK) * seq * size // max(1, len(pieces))  # with all keys of a piece
     run_on_workers(work, range(len(pieces)), 1 if workers_pay(multiplications) else torch.get_num_threads())
 
 

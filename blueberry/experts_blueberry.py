@@ -6,7 +6,7 @@ Importing this file adds `experts_implementation="blueberry"` to transformers' e
 each expert. A single token outside training needs no sorting. On other devices, inside `torch.compile`, for experts
 with a norm of their own, and for a few tokens outside training, transformers' `grouped_mm` does the work.
 
-The file ships to the Hub as remote code, so it imports torch, transformers and its sibling only.
+The file ships to the Hub as remote code, so it imports torch, transformers and its siblings only.
 """
 
 import threading
@@ -28,7 +28,7 @@ from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
 BLOCK = 16  # an expert's rows come in multiples of it
-SILU = (nn.SiLU, type(ACT2FN["silu"]))
+SILU_MODULES = (nn.SiLU, type(ACT2FN["silu"]))
 FEW = 256  # tokens up to which transformers' grouped_mm is as fast outside training, and below 100 faster
 
 
@@ -82,53 +82,62 @@ def compute_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.float32 if half and not has_fast_half_precision() else dtype
 
 
-Backward = Callable[[Tensor], Tensor]
-Activation = Callable[
-    [Tensor], tuple[Tensor, Backward]
-]  # its output, and the map from that one's gradient to the input's
+Backward = Callable[[Tensor], Tensor]  # from an output's gradient, which it may overwrite, to the input's
 
 
-def silu(x: Tensor) -> tuple[Tensor, Backward]:
-    """x sigmoid(x)."""
-    return F.silu(x), lambda grad: torch.ops.aten.silu_backward(grad, x)
+class Activation(NamedTuple):
+    """What experts compute between their products."""
 
-
-def gated_silu(x: Tensor) -> tuple[Tensor, Backward]:
-    """silu(gate) * up of x (rows, 2 width), gate and up side by side -> (rows, width); backward overwrites."""
-    gate, up = x.chunk(2, dim=-1)
-    opened = F.silu(gate)
-
-    def backward(grad: Tensor) -> Tensor:
-        grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.mul(grad, opened, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
-        return grad_x
-
-    return opened * up, backward
+    output: Callable[[Tensor], Tensor]
+    with_backward: Callable[[Tensor], tuple[Tensor, Backward]]  # the same output again, when the backward needs it
 
 
 def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
-    """Any other activation."""
+    """Any function, with autograd's backward."""
 
-    def activation(x: Tensor) -> tuple[Tensor, Backward]:
+    def with_backward(x: Tensor) -> tuple[Tensor, Backward]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             output = function(x)
         return output.detach(), lambda grad: torch.autograd.grad(output, x, grad)[0]
 
-    return activation
+    return Activation(function, with_backward)
+
+
+def gated_silu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x (rows, 2 width), gate and up side by side -> (rows, width)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gated_silu_with_backward(x: Tensor) -> tuple[Tensor, Backward]:
+    """The same, and its derivative written side by side at once; autograd would copy it there."""
+    gate, up = x.chunk(2, dim=-1)
+    silu_gate = F.silu(gate)
+
+    def backward(grad: Tensor) -> Tensor:
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, silu_gate, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+        return grad_x
+
+    return silu_gate * up, backward
+
+
+SILU = Activation(F.silu, lambda x: (F.silu(x), lambda grad: torch.ops.aten.silu_backward(grad, x)))
+GATED_SILU = Activation(gated_silu, gated_silu_with_backward)
 
 
 def activation_of(experts: nn.Module) -> Activation:
-    """What an experts module of transformers computes between its products; some models have a gate of their own."""
-    # transformers' default gate is private: if it is gone, autograd does all
-    default_gate = getattr(moe, "_default_apply_gate", None)
-    if experts.has_gate and experts._apply_gate.__func__ is not default_gate:
-        return by_autograd(experts._apply_gate)
-    if isinstance(experts.act_fn, SILU):
-        return gated_silu if experts.has_gate else silu
-    return by_autograd(experts._apply_gate if experts.has_gate else experts.act_fn)
+    """What an experts module of transformers computes between its products: written out for SiLU, else by autograd."""
+    gate = experts._apply_gate if experts.has_gate else None
+    # transformers' own gate has a private name; where it is missing, no gate is taken for it
+    if gate is not None and getattr(gate, "__func__", gate) is not getattr(moe, "_default_apply_gate", None):
+        return by_autograd(gate)
+    if type(experts.act_fn) in SILU_MODULES and not experts.act_fn._forward_hooks:
+        return SILU if gate is None else GATED_SILU
+    return by_autograd(gate or experts.act_fn)
 
 
 def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -163,7 +172,7 @@ class _SortedExperts(torch.autograd.Function):
             expert, start, stop = routing.spans[index]
             x = hidden.index_select(0, routing.token[start:stop])
             inner[index] = _affine(x, cast_up.read(expert), up_bias, expert)
-            after, _ = activation(inner[index])
+            after = activation.output(inner[index])
             _affine(after, cast_down.read(expert), down_bias, expert, out=outer[start:stop])
 
         for_each_expert(work, routing.spans, down.shape[1:])
@@ -192,10 +201,10 @@ class _SortedExperts(torch.autograd.Function):
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
             grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
             grad.mul_(row_scores[rows])
-            after, backward = ctx.activation(inner[index])  # (rows, width)
+            after, derivative = ctx.activation.with_backward(inner[index])  # (rows, width)
             grad_after = linear(grad, cast_down.read(expert).t())
             _write_gradients(grad, after, grad_down, grad_down_bias, expert, cast_down)
-            grad = backward(grad_after)  # (rows, width)
+            grad = derivative(grad_after)  # (rows, width)
             linear(grad, cast_up.read(expert).t(), out=grad_rows[rows])
             x = hidden.index_select(0, routing.token[rows])
             _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
@@ -205,21 +214,27 @@ class _SortedExperts(torch.autograd.Function):
 
 
 def for_each_expert(work: Callable[[int], None], spans: list[tuple[int, int, int]], matrix: torch.Size) -> None:
-    """Work on the index of each span, the longest first: on workers, or one after the other with all threads where
-    there is little to do with a `matrix` (out, in), or for all workers but the one with the longest span."""
+    """Work on the index of each span, the longest first, on workers that share the threads.
+
+    One span after the other has all threads if products with a `matrix` (out, in) of each are small, or if one is so
+    long that the other workers would wait for it half of the time that theirs take.
+    """
     rows = [stop - start for _, start, stop in spans]
     threads = torch.get_num_threads()
     workers = max(1, min(threads, len(spans)))
-    even = max(rows, default=0) * workers <= 1.5 * sum(rows)
+    even = max(rows, default=0) <= 1.5 * sum(rows) / workers
     pays = even and workers_pay(sum(rows) * matrix.numel() // max(1, len(spans)))
     order = sorted(range(len(spans)), key=rows.__getitem__, reverse=True)
     run_on_workers(work, order, threads // workers if pays else threads)
 
 
 class _Cast(threading.local):
-    """One expert's matrix at a time in the dtype of the products, in a buffer that stays in the cache of a thread."""
+    """One expert's matrix at a time in the dtype of the products, in a buffer that stays in the cache.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:  # called again by each thread
+    Each thread has a buffer of its own: `threading.local` calls `__init__` again in each that uses the object.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight = weight
         self.buffer = None if weight.dtype == dtype else weight.new_empty(weight.shape[1:], dtype=dtype)
 

@@ -5,17 +5,20 @@ two, workers with one thread each finish more. The file ships to the Hub as remo
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from threading import Barrier
+from threading import Barrier, main_thread
 from typing import TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-ENOUGH = 15_000_000  # multiplications, a tenth of a millisecond in bf16; a quarter of it was measured to be slower
+# Multiplications of a product that takes a tenth of a millisecond in bf16. With a quarter of them workers took longer
+# than the calling thread, with four times as many less (two cores, `tiny` with 4 x 64 and 16 x 256 tokens).
+ENOUGH = 15_000_000
 _Piece = TypeVar("_Piece")
 
 
@@ -46,8 +49,10 @@ def idle_threads_sleep() -> bool:
     By default GNU's spin for about ten: too long for workers that have less than a hundred to do. `import blueberry`
     asks for less if it comes before torch.
     """
-    spins = os.environ.get("GOMP_SPINCOUNT", "")
-    return spins.isdigit() and int(spins) <= 30_000
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return True
+    spins = os.environ.get("GOMP_SPINCOUNT", "").strip()
+    return sys.platform == "linux" and spins.isdecimal() and int(spins) <= 30_000
 
 
 def workers_pay(multiplications: int) -> bool:
@@ -57,23 +62,36 @@ def workers_pay(multiplications: int) -> bool:
 
 
 def run_on_workers(work: Callable[[_Piece], None], pieces: Sequence[_Piece], threads_each: int = 1) -> None:
-    """Do the work on each piece, without gradients, on as many workers as torch's threads suffice for, each with
-    `threads_each`; on the calling thread if that is one worker.
+    """Do the work on each piece, without gradients, on as many workers as torch's threads suffice for.
 
-    Raises what a worker raised, after all have ended. Profilers and dispatch modes (such as torch's counter of
-    operations) see the calling thread alone, so under one it does all, with all threads.
+    Each has `threads_each` BLAS threads: with all of torch's, the calling thread does one piece after the other. So it
+    does with all threads under what sees the calling thread alone: profilers and dispatch modes, such as torch's
+    counter of operations. Raises the first error, after what was begun has ended; what was not is left out.
     """
     threads = torch.get_num_threads()
-    workers = min(threads // threads_each, len(pieces))
     watched = is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
-    if workers < 2 or watched:
+    ending = not main_thread().is_alive()  # when no worker may start any more
+    if watched or ending or min(threads // threads_each, len(pieces)) < 2:
         with torch.no_grad(), blas_threads(threads if watched else threads_each):
             for piece in pieces:
                 work(piece)
-        return
-    work = _in_mode_of_caller(work)
-    jobs = [_pool(os.getpid(), workers, threads_each).submit(work, piece) for piece in pieces]
-    wait(jobs)
+    else:
+        _run_all(_pool(os.getpid(), threads // threads_each, threads_each), _in_mode_of_caller(work), pieces)
+
+
+def _run_all(pool: ThreadPoolExecutor, work: Callable[[_Piece], None], pieces: Sequence[_Piece]) -> None:
+    jobs: list[Future] = []
+    try:
+        for piece in pieces:
+            try:
+                jobs.append(pool.submit(work, piece))
+            except RuntimeError:  # the main thread has ended meanwhile
+                work(piece)
+        wait(jobs, return_when=FIRST_EXCEPTION)
+    finally:  # also when interrupted: the caller must find nothing that still changes
+        for job in jobs:
+            job.cancel()
+        wait(jobs)
     for job in jobs:
         job.result()
 
@@ -92,7 +110,17 @@ def _in_mode_of_caller(work: Callable[[_Piece], None]) -> Callable[[_Piece], Non
 @cache
 def _pool(process: int, workers: int, threads_each: int) -> ThreadPoolExecutor:
     """Workers that stay, for a process: one that is forked has none of its parent's threads."""
-    pool, ready = ThreadPoolExecutor(workers, "blueberry", torch.get_num_threads), Barrier(workers)
-    with blas_threads(threads_each):
-        wait([pool.submit(ready.wait) for _ in range(workers)])
+    pool, all_started = ThreadPoolExecutor(workers, "blueberry", _set_threads, (threads_each,)), Barrier(workers)
+    try:
+        with blas_threads(threads_each):  # and back: a worker's own number is the default of threads started later
+            wait([pool.submit(all_started.wait) for _ in range(workers)])
+    except BaseException:  # such as too many threads: leave none waiting for the others
+        all_started.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     return pool
+
+
+def _set_threads(count: int) -> None:
+    torch.get_num_threads()  # torch gives a thread the default when it is first asked, and would overwrite the count
+    torch.set_num_threads(count)

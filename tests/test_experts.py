@@ -127,6 +127,42 @@ def test_experts_share_the_threads_unless_one_has_most_rows(rows, threads, expec
     assert given == [(each if pays else threads, index) for each, index in expected]
 
 
+class TwiceSiLU(nn.SiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("gated", GATED)
+@pytest.mark.parametrize("change", ["subclass", "hook", "gate"])
+def test_what_only_looks_like_silu_is_computed_as_it_is(gated, change):
+    """A subclass, a hook on the module, and a gate set on one object were taken for the plain ones, or an error."""
+    experts, calls = build_experts(gated), []
+    if change == "subclass":
+        experts.act_fn = TwiceSiLU()
+    elif change == "hook":
+        experts.act_fn.register_forward_hook(lambda module, inputs, output: calls.append(1) or 2 * output)
+    elif gated:
+        experts._apply_gate = lambda x: 2 * nn.functional.silu(x[:, :12]) * x[:, 12:]
+    hidden, index, weights = random_routing(9, [0, 1, 2])
+    output, inputs = experts(hidden, index, weights), [hidden, weights, *experts.parameters()]
+    eager = copy.deepcopy(experts)
+    eager.config._experts_implementation = "eager"
+    expected, others = eager(hidden, index, weights), [hidden, weights, *eager.parameters()]
+    torch.testing.assert_close([output, *gradients(output, inputs)], [expected, *gradients(expected, others)])
+    assert bool(calls) == (change == "hook")
+
+
+def test_the_forward_builds_no_graph_inside():
+    """Hooks on saved tensors (offloading, checkpointing) would be called for what nobody needs."""
+    experts, saved = build_experts(gated=True, hidden_act="gelu"), []
+    hidden, index, weights = random_routing(9, [0, 1, 2])
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        experts(hidden, index, weights)
+    assert len(saved) == 5 + 3  # hidden, scores, two weights, the rows put out; three experts' inner rows
+
+
 @pytest.mark.parametrize("gated", GATED)
 def test_experts_in_single_precision_equal_the_loop_in_double_precision(gated: bool):
     exact = build_experts(gated)

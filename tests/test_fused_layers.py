@@ -119,6 +119,14 @@ def test_attention_by_blocks_is_causal_attention_and_so_are_its_gradients(seq, k
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
+def test_attention_to_no_sequences_is_empty():
+    nothing = torch.zeros(0, 4, 5, 6, requires_grad=True)
+    output = causal_attention(nothing, nothing, nothing, 1.0)
+    assert output.shape == (0, 5, 4, 6)
+    output.sum().backward()
+    assert nothing.grad.shape == nothing.shape
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "workers", "pieces"),
     [(4, 8, 8, 2, 4), (1, 8, 8, 2, 2), (1, 8, 2, 16, 2), (3, 12, 6, 8, 9), (2, 6, 3, 5, 6), (1, 4, 1, 2, 1)],

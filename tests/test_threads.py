@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from blueberry import threads_blueberry
 from blueberry.threads_blueberry import blas_threads, run_on_workers
 
 
@@ -47,18 +48,72 @@ def test_work_has_no_gradients_and_is_in_inference_mode_if_the_caller_is(threads
         assert all(inference for *_, inference in results_of(4, threads))
 
 
-def test_an_error_is_raised_once_all_workers_have_ended():
-    ended = []
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_nothing_goes_on_after_an_error_or_an_interruption(error, monkeypatch):
+    begun, ended = [], []
 
     def work(number: int) -> None:
-        if number == 0:
-            raise ZeroDivisionError
+        begun.append(number)
+        if number == 0 and error is ZeroDivisionError:
+            raise error
         time.sleep(0.1)
         ended.append(number)
 
-    with blas_threads(2), pytest.raises(ZeroDivisionError):
-        run_on_workers(work, range(4))
-    assert sorted(ended) == [1, 2, 3]
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        time.sleep(0.05)
+        raise error
+
+    if error is KeyboardInterrupt:
+        monkeypatch.setattr(threads_blueberry, "wait", interrupted)
+    with blas_threads(2), pytest.raises(error):
+        run_on_workers(work, range(20))
+    after = list(begun)
+    time.sleep(0.3)
+    assert begun == after and len(begun) < 6 and set(begun) - set(ended) <= {0}
+
+
+def test_a_pool_that_cannot_start_all_its_workers_leaves_none_waiting(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def fail_at_the_third(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch, blas_threads(13):  # a number that no other test has a pool for
+        patch.setattr(threading.Thread, "start", fail_at_the_third)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            run_on_workers(print, range(13))
+    for thread in started:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def test_threads_do_not_grow_with_the_numbers_of_pieces():
+    with blas_threads(7):
+        run_on_workers(time.sleep, [0] * 7)
+        before = threading.active_count()
+        for pieces in range(2, 30):
+            run_on_workers(time.sleep, [0] * pieces)
+        assert threading.active_count() == before
+
+
+def test_a_thread_goes_on_working_when_the_main_thread_has_ended():
+    code = """
+import threading, time, torch
+from blueberry.threads_blueberry import run_on_workers
+torch.set_num_threads(2)
+run_on_workers(time.sleep, [0] * 2)
+def loop():
+    for _ in range(200):
+        run_on_workers(time.sleep, [0.001] * 2)
+    print("done")
+threading.Thread(target=loop).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "done" and not done.stderr
 
 
 def test_what_watches_the_calling_thread_sees_all_of_the_work():
@@ -95,6 +150,7 @@ def test_a_forked_process_has_workers_of_its_own():
         ("torch, blueberry", {"GOMP_SPINCOUNT": "1000"}, True),
         ("blueberry, torch", {"GOMP_SPINCOUNT": "infinite"}, False),
         ("blueberry, torch", {"OMP_WAIT_POLICY": "active"}, False),
+        ("torch, blueberry", {"OMP_WAIT_POLICY": "PASSIVE"}, True),
     ],
 )
 def test_idle_threads_sleep_if_blueberry_comes_before_torch_and_nothing_else_was_asked_for(imports, given, sleep):
