@@ -5,8 +5,6 @@ it stays in the cache: for sequences of 512 in bf16 half the time of torch's CPU
 `scaled_dot_product_attention`. The file ships to the Hub as remote code, so it imports torch and its sibling only.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -41,7 +39,7 @@ class _CausalAttention(torch.autograd.Function):
         batch, heads, seq, size = query.shape
         output = value.new_empty(batch, seq, heads, size)
         mask = future_mask(query)
-        pieces = cut(batch, heads, key.shape[1], torch.get_num_threads())
+        pieces, threads_each = share(query, key.shape[1])
         kept: list[list[Tensor]] = [[] for _ in pieces]
 
         def work(number: int) -> None:
@@ -53,9 +51,9 @@ class _CausalAttention(torch.autograd.Function):
                 output[index, start:stop, own] = (weights @ v[:, :stop]).transpose(0, 1)
                 kept[number].append(weights)
 
-        for_each_piece(work, pieces, query)
+        run_on_workers(work, range(len(pieces)), threads_each)
         ctx.save_for_backward(query, key, value, *(weights for blocks in kept for weights in blocks))
-        ctx.scaling, ctx.pieces = scaling, pieces
+        ctx.scaling, ctx.pieces, ctx.threads_each = scaling, pieces, threads_each
         return output
 
     @staticmethod
@@ -83,7 +81,7 @@ class _CausalAttention(torch.autograd.Function):
             gather(grad_k, out=grads[1][index, shared])
             gather(grad_v, out=grads[2][index, shared])
 
-        for_each_piece(work, ctx.pieces, query)
+        run_on_workers(work, range(len(ctx.pieces)), ctx.threads_each)
         return *grads, None
 
 
@@ -102,11 +100,19 @@ def cut(batch: int, heads: int, kv_heads: int, workers: int) -> list[Piece]:
     ]
 
 
-def for_each_piece(work: Callable[[int], None], pieces: list[Piece], query: Tensor) -> None:
-    """Work on the number of each piece: on workers, or one after the other with all threads."""
+def share(query: Tensor, kv_heads: int) -> tuple[list[Piece], int]:
+    """What a worker does at once, and its threads.
+
+    Whole sequences if there are enough or their parts are too small; with all threads if whole ones are.
+    """
     batch, heads, seq, size = query.shape
-    multiplications = batch * heads * min(seq, BLOCK) * seq * size // max(1, len(pieces))  # with all keys of a piece
-    run_on_workers(work, range(len(pieces)), 1 if workers_pay(multiplications) else torch.get_num_threads())
+    threads = torch.get_num_threads()
+    multiplications = batch * heads * min(seq, BLOCK) * seq * size  # of a block of queries with all keys
+    for workers in (threads, 1):
+        pieces = cut(batch, heads, kv_heads, workers)
+        if pieces and workers_pay(multiplications // len(pieces)):
+            return pieces, max(1, threads // len(pieces))
+    return pieces, threads
 
 
 def operands(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM, attention_blueberry
-from blueberry.attention_blueberry import BLOCK, LONGEST, can_attend_in_blocks, causal_attention, cut
+from blueberry.attention_blueberry import BLOCK, LONGEST, can_attend_in_blocks, causal_attention, cut, share
 from blueberry.losses_blueberry import can_fuse_head, head_cross_entropy, logits_cross_entropy
 from blueberry.norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm
 from blueberry.products_blueberry import linear
@@ -117,6 +117,26 @@ def test_attention_by_blocks_is_causal_attention_and_so_are_its_gradients(seq, k
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for one, other in zip(gradients, torch.autograd.grad(expected, inputs, direction), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("batch", "enough", "threads", "pieces", "each"),
+    [
+        (4, True, 2, 4, 1),
+        (1, True, 2, 2, 1),
+        (4, True, 16, 16, 1),
+        (4, 128 * 600 * 6 * 4, 16, 4, 4),  # parts of a sequence's heads would be too small
+        (3, 128 * 600 * 6 * 4, 2, 3, 1),
+        (4, False, 16, 4, 16),
+        (0, True, 2, 0, 2),
+    ],
+)
+def test_attention_is_shared_in_pieces_that_are_large_enough(batch, enough, threads, pieces, each, monkeypatch):
+    pay = (lambda multiplications: enough) if isinstance(enough, bool) else (lambda count: count >= enough)
+    monkeypatch.setattr(attention_blueberry, "workers_pay", pay)
+    with blas_threads(threads):
+        shared, threads_each = share(torch.zeros(batch, 4, 600, 6), kv_heads=4)
+    assert (len(shared), threads_each) == (pieces, each)
 
 
 def test_attention_to_no_sequences_is_empty():
