@@ -126,7 +126,7 @@ class Run:
                 status = life.wait()
             elif self._chance.random() < 0.5:
                 moment = self._chance.uniform(0, seconds)
-                status = life.kill_while_saving(self.folder, moment, self._chance.uniform(0, 0.02))
+                status = life.kill_while_saving(self.folder, moment, self._chance)
             else:
                 status = life.kill_after(self._chance.uniform(0, 1.1 * seconds))
             self._look_at(life)
@@ -204,12 +204,15 @@ class Life:
         self._process.join(seconds)
         return self._kill()
 
-    def kill_while_saving(self, run: Path, moment: float, delay: float) -> int | None:
-        """`delay` seconds after the first checkpoint is begun that is not before `moment`, if it comes to that."""
+    def kill_while_saving(self, run: Path, moment: float, chance: random.Random) -> int | None:
+        """At most 20 ms after the begin of a checkpoint, not before `moment`, that is not finished by then."""
         self._process.join(moment)
-        while self._process.is_alive() and not any(run.glob(".checkpoint-*")):
-            time.sleep(0.0005)
-        time.sleep(delay)
+        saving = False
+        while self._process.is_alive() and not saving:
+            while self._process.is_alive() and not any(run.glob(".checkpoint-*")):
+                time.sleep(0.0005)
+            time.sleep(chance.uniform(0, 0.02))
+            saving = any(run.glob(".checkpoint-*"))
         return self._kill()
 
     def output(self) -> str:
