@@ -135,9 +135,10 @@ def activation_of(experts: nn.Module) -> Activation:
     # transformers' own gate has a private name; where it is missing, no gate is taken for it
     if gate is not None and getattr(gate, "__func__", gate) is not getattr(moe, "_default_apply_gate", None):
         return by_autograd(gate)
-    if type(experts.act_fn) in SILU_MODULES and not experts.act_fn._forward_hooks:
+    act = experts.act_fn
+    if type(act) in SILU_MODULES and not (act._forward_hooks or act._forward_pre_hooks):
         return SILU if gate is None else GATED_SILU
-    return by_autograd(gate or experts.act_fn)
+    return by_autograd(gate or act)
 
 
 def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:

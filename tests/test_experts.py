@@ -133,7 +133,7 @@ class TwiceSiLU(nn.SiLU):
 
 
 @pytest.mark.parametrize("gated", GATED)
-@pytest.mark.parametrize("change", ["subclass", "hook", "gate"])
+@pytest.mark.parametrize("change", ["subclass", "hook", "pre-hook", "gate"])
 def test_what_only_looks_like_silu_is_computed_as_it_is(gated, change):
     """A subclass, a hook on the module, and a gate set on one object were taken for the plain ones, or an error."""
     experts, calls = build_experts(gated), []
@@ -141,6 +141,8 @@ def test_what_only_looks_like_silu_is_computed_as_it_is(gated, change):
         experts.act_fn = TwiceSiLU()
     elif change == "hook":
         experts.act_fn.register_forward_hook(lambda module, inputs, output: calls.append(1) or 2 * output)
+    elif change == "pre-hook":
+        experts.act_fn.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
     elif gated:
         experts._apply_gate = lambda x: 2 * nn.functional.silu(x[:, :12]) * x[:, 12:]
     hidden, index, weights = random_routing(9, [0, 1, 2])

@@ -64,13 +64,14 @@ def test_nothing_goes_on_after_an_error_or_an_interruption(error, monkeypatch):
         time.sleep(0.05)
         raise error
 
+    results_of(2, 2)  # the workers are there before
     if error is KeyboardInterrupt:
         monkeypatch.setattr(threads_blueberry, "wait", interrupted)
     with blas_threads(2), pytest.raises(error):
         run_on_workers(work, range(20))
     after = list(begun)
     time.sleep(0.3)
-    assert begun == after and len(begun) < 6 and set(begun) - set(ended) <= {0}
+    assert begun == after and 0 < len(begun) < 6 and set(begun) - set(ended) <= {0}
 
 
 def test_a_pool_that_cannot_start_all_its_workers_leaves_none_waiting(monkeypatch):
@@ -155,6 +156,6 @@ def test_a_forked_process_has_workers_of_its_own():
 )
 def test_idle_threads_sleep_if_blueberry_comes_before_torch_and_nothing_else_was_asked_for(imports, given, sleep):
     code = f"import {imports}; from blueberry.threads_blueberry import idle_threads_sleep; print(idle_threads_sleep())"
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=others | given, check=True)
     assert done.stdout.strip() == str(sleep)

@@ -1,4 +1,4 @@
-"""Which matrices an optimizer takes at once: those of one kind, as many as fit."""
+"""Which matrices an optimizer takes at once, those of one kind, as many as fit; and the steps of such batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
