@@ -303,12 +303,12 @@ def finish(trainer, data, settings) -> None:
     folder = Path(trainer.args.output_dir)
     write_json(folder / EVAL_RESULTS, metrics)
     write_json(folder / PROVENANCE, provenance(trainer, data, settings))
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
     board = trainer.pop_callback(TensorBoardCallback)
     if board is not None:
         writer = board.writer(trainer.args, trainer.state)
         writer.add_scalar("eval/unigram_loss", data.unigram_loss, trainer.state.global_step)
         board.add_hparams(settings, rewrite_logs(metrics))
+    write_state(trainer.state, folder)
     print_summary(trainer, data, metrics, None if board is None else board.logging_dir)
     if tracking := trainer.pop_callback(SpectralMetricsCallback):
         print(tracking.summary())
@@ -316,6 +316,15 @@ def finish(trainer, data, settings) -> None:
         print(f"\nSample: {sample(trainer.model, data.tokenizer)}")
     if settings["push_to_hub"]:
         push_finished(trainer, folder)
+
+
+def write_state(state, folder: Path) -> None:
+    """All at once, and after everything else: from then on the run is finished."""
+    from blueberry.training.checkpoints import STATE
+
+    unfinished = folder / f".{STATE}"
+    state.save_to_json(str(unfinished))
+    unfinished.replace(folder / STATE)
 
 
 def push_finished(trainer, folder: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from conftest import RUN
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerState
 
 from blueberry import BlueberryTrainer
 from blueberry.training.checkpoints import flaw
@@ -125,6 +126,26 @@ def test_a_run_stopped_between_its_last_step_and_its_results_gets_them_without_a
     ours, theirs = (json.loads((folder / "eval_results.json").read_text()) for folder in (run, finished))
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-6)
     assert board_steps(run) == board_steps(finished)
+
+
+def test_a_run_is_finished_only_when_everything_else_is_written(run, script, monkeypatch):
+    """Its state comes last and at once: stopped halfway through writing it, the run is not taken for finished."""
+    before, save = (run / "trainer_state.json").read_text(), TrainerState.save_to_json
+    (run / "eval_results.json").unlink()
+    shutil.rmtree(run / "runs")
+
+    def stop_in_the_run(state: TrainerState, path: str) -> None:
+        if "trainer_state" in path and Path(path).parent == run:
+            assert board_steps(run)["eval/unigram_loss"] == [32]
+            Path(path).write_text(before[:100])
+            raise RuntimeError("killed")
+        save(state, path)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(TrainerState, "save_to_json", stop_in_the_run)
+        script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    script("train_llm.py", "--output_dir", run, "--resume_from_checkpoint")
+    assert state_of(run)["global_step"] == 32 and board_steps(run)["eval/unigram_loss"] == [32]
 
 
 def test_results_come_also_where_the_tensorboard_log_is_gone(run, script):
