@@ -12,7 +12,7 @@ The file ships to the Hub as remote code, so it imports torch, transformers and 
 import threading
 from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
 BLOCK = 16  # an expert's rows come in multiples of it
+_GATE = "_default_apply_gate"  # transformers' own, a private name: where it is missing, no gate is taken for it
 SILU_MODULES = (nn.SiLU, type(ACT2FN["silu"]))
 FEW = 256  # tokens up to which transformers' grouped_mm is as fast outside training, and below 100 faster
 
@@ -82,63 +83,64 @@ def compute_dtype(hidden_states: Tensor) -> torch.dtype:
     return torch.float32 if half and not has_fast_half_precision() else dtype
 
 
-Backward = Callable[[Tensor], Tensor]  # from an output's gradient, which it may overwrite, to the input's
-
-
 class Activation(NamedTuple):
-    """What experts compute between their products."""
+    """What experts compute between their products. Its input may be overwritten."""
 
-    output: Callable[[Tensor], Tensor]
-    with_backward: Callable[[Tensor], tuple[Tensor, Backward]]  # the same output again, when the backward needs it
+    forward: Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]  # the output, and what the backward needs
+    backward: Callable[..., tuple[Tensor, Tensor]]  # from the output's gradient and that: the output, x's gradient
 
 
 def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
-    """Any function, with autograd's backward."""
+    """Any function, computed again in the backward."""
 
-    def with_backward(x: Tensor) -> tuple[Tensor, Backward]:
+    def backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             output = function(x)
-        return output.detach(), lambda grad: torch.autograd.grad(output, x, grad)[0]
+        return output.detach(), torch.autograd.grad(output, x, grad)[0]
 
-    return Activation(function, with_backward)
-
-
-def gated_silu(x: Tensor) -> Tensor:
-    """silu(gate) * up of x (rows, 2 width), gate and up side by side -> (rows, width)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    return Activation(lambda x: (function(x), (x,)), backward)
 
 
-def gated_silu_with_backward(x: Tensor) -> tuple[Tensor, Backward]:
-    """The same, and its derivative written side by side at once; autograd would copy it there."""
+def silu_and_slopes(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """silu(x) of x (rows, width), and with it the derivative, which takes the place of x."""
+    output = F.silu(x)
+    slopes = torch.ops.aten.silu_backward.grad_input(x.new_ones(()).expand_as(x), x, grad_input=x)
+    return output, (output, slopes)
+
+
+def gated_silu_and_slopes(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """silu(gate) * up of x (rows, 2 width), gate and up side by side -> (rows, width), and its two derivatives.
+
+    They take the place of x: each exponential is computed once, and the backward is a product.
+    """
     gate, up = x.chunk(2, dim=-1)
     silu_gate = F.silu(gate)
-
-    def backward(grad: Tensor) -> Tensor:
-        grad_x = torch.empty_like(x)
-        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-        torch.mul(grad, silu_gate, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
-        return grad_x
-
-    return silu_gate * up, backward
+    output = silu_gate * up
+    torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=gate)
+    up.copy_(silu_gate)
+    return output, (output, x)
 
 
-SILU = Activation(F.silu, lambda x: (F.silu(x), lambda grad: torch.ops.aten.silu_backward(grad, x)))
-GATED_SILU = Activation(gated_silu, gated_silu_with_backward)
+def by_slopes(grad: Tensor, output: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each input is its slope times the gradient (rows, width) of the output."""
+    return output, (slopes.unflatten(-1, (-1, grad.shape[-1])) * grad.unsqueeze(1)).flatten(1)
 
 
-def activation_of(experts: nn.Module) -> Activation:
-    """What an experts module of transformers computes between its products: written out for SiLU, else by autograd."""
-    gate = experts._apply_gate if experts.has_gate else None
-    # transformers' own gate has a private name; where it is missing, no gate is taken for it
-    if gate is not None and getattr(gate, "__func__", gate) is not getattr(moe, "_default_apply_gate", None):
-        return by_autograd(gate)
+SILU = Activation(silu_and_slopes, by_slopes)
+GATED_SILU = Activation(gated_silu_and_slopes, by_slopes)
+
+
+def activation_of(experts: nn.Module, training: bool) -> Activation:
+    """What an experts module of transformers computes between its products; in training written out for SiLU."""
+    function = experts._apply_gate if experts.has_gate else experts.act_fn
+    other = experts.has_gate and getattr(function, "__func__", function) is not getattr(moe, _GATE, None)
+    if other or not training:
+        return by_autograd(function)
     act = experts.act_fn
     if type(act) in SILU_MODULES and not (act._forward_hooks or act._forward_pre_hooks):
-        return SILU if gate is None else GATED_SILU
-    return by_autograd(gate or act)
+        return GATED_SILU if experts.has_gate else SILU
+    return by_autograd(function)
 
 
 def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -149,8 +151,7 @@ def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor
 class _SortedExperts(torch.autograd.Function):
     """sum_k score_k down_k(act(up_k(x))) over the experts of each token, one expert at a time.
 
-    Weights are (experts, out, in), biases (experts, out) or None. The forward keeps what the up projection put out and
-    the backward computes the activation again from it.
+    Weights are (experts, out, in), biases (experts, out) or None.
     """
 
     @staticmethod
@@ -165,27 +166,26 @@ class _SortedExperts(torch.autograd.Function):
         routing: Routing,
         activation: Activation,
     ) -> Tensor:
-        inner: list[Tensor | None] = [None] * len(routing.spans)  # (rows, width) of each, before the activation
+        kept: list[tuple[Tensor, ...]] = [()] * len(routing.spans)  # what the activation's backward needs, of each
         outer = hidden.new_empty(len(routing.pair), down.shape[1])  # (rows, hidden)
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
 
         def work(index: int) -> None:
             expert, start, stop = routing.spans[index]
             x = hidden.index_select(0, routing.token[start:stop])
-            inner[index] = _affine(x, cast_up.read(expert), up_bias, expert)
-            after = activation.output(inner[index])
+            after, kept[index] = activation.forward(_affine(x, cast_up.read(expert), up_bias, expert))  # (rows, width)
             _affine(after, cast_down.read(expert), down_bias, expert, out=outer[start:stop])
 
         for_each_expert(work, routing.spans, down.shape[1:])
         outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
-        ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, outer, *inner)
+        ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, outer, *chain.from_iterable(kept))
         ctx.routing, ctx.activation = routing, activation
         return combine(outer, routing.place, scores)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, scores, up, up_bias, down, down_bias, outer, *inner = ctx.saved_tensors
+        hidden, scores, up, up_bias, down, down_bias, outer, *kept = ctx.saved_tensors
         routing: Routing = ctx.routing
         row_scores = (scores.reshape(-1)[routing.pair] * routing.real).unsqueeze(1)  # (rows, 1)
         grad_scores = scores.new_zeros(len(routing.pair))
@@ -195,6 +195,7 @@ class _SortedExperts(torch.autograd.Function):
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
+        each = len(kept) // max(1, len(routing.spans))
 
         def work(index: int) -> None:
             expert, start, stop = routing.spans[index]
@@ -202,13 +203,12 @@ class _SortedExperts(torch.autograd.Function):
             grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
             grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
             grad.mul_(row_scores[rows])
-            after, derivative = ctx.activation.with_backward(inner[index])  # (rows, width)
-            grad_after = linear(grad, cast_down.read(expert).t())
+            grad_after = linear(grad, cast_down.read(expert).t())  # (rows, width)
+            after, grad_inner = ctx.activation.backward(grad_after, *kept[index * each : (index + 1) * each])
             _write_gradients(grad, after, grad_down, grad_down_bias, expert, cast_down)
-            grad = derivative(grad_after)  # (rows, width)
-            linear(grad, cast_up.read(expert).t(), out=grad_rows[rows])
+            linear(grad_inner, cast_up.read(expert).t(), out=grad_rows[rows])
             x = hidden.index_select(0, routing.token[rows])
-            _write_gradients(grad, x, grad_up, grad_up_bias, expert, cast_up)
+            _write_gradients(grad_inner, x, grad_up, grad_up_bias, expert, cast_up)
 
         for_each_expert(work, routing.spans, down.shape[1:])
         return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None
@@ -322,7 +322,7 @@ def blueberry_experts_forward(
             output = experts_of_one_token(*inputs, top_k_index, activation)
         else:
             routing = sort_by_expert(top_k_index, self.num_experts, block=1 if dtype == torch.float64 else BLOCK)
-            output = _SortedExperts.apply(*inputs, routing, activation_of(self))
+            output = _SortedExperts.apply(*inputs, routing, activation_of(self, training))
     return output.to(hidden_states.dtype)
 
 
