@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .products_blueberry import linear, product_dtype, without_autocast
+from .products_blueberry import FEW_ROWS, linear, product_dtype, reading_weights_once, without_autocast
 from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
@@ -288,10 +288,11 @@ def experts_of_one_token(
     """The same sum where there is nothing to sort, outside autograd: a step of decoding."""
     output = torch.zeros_like(hidden)
     cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-    for expert, score in zip(top_k_index[0].tolist(), scores[0].unbind(), strict=True):
-        if expert < len(up):  # else it lives on another rank
-            inner = activation(_affine(hidden, cast_up.read(expert), up_bias, expert))
-            output.addcmul_(_affine(inner, cast_down.read(expert), down_bias, expert), score)
+    with reading_weights_once(hidden):
+        for expert, score in zip(top_k_index[0].tolist(), scores[0].unbind(), strict=True):
+            if expert < len(up):  # else it lives on another rank
+                inner = activation(_affine(hidden, cast_up.read(expert), up_bias, expert))
+                output.addcmul_(_affine(inner, cast_down.read(expert), down_bias, expert), score)
     return output
 
 
@@ -304,6 +305,13 @@ def can_use_grouped_mm(tokens: int, up: Tensor, down: Tensor, dtype: torch.dtype
     return tokens <= FEW and aligned and up.dtype == dtype != torch.float64
 
 
+def rows_of_an_expert(top_k_index: Tensor, num_experts: int) -> float:
+    """How many rows each chosen expert gets, on average; not counted where that is no question of a few."""
+    pairs = top_k_index.numel()
+    chosen = len(top_k_index.unique()) if pairs <= FEW_ROWS * num_experts else num_experts
+    return pairs / max(1, chosen)
+
+
 def blueberry_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -314,7 +322,8 @@ def blueberry_experts_forward(
     dtype, training, tokens = compute_dtype(hidden_states), torch.is_grad_enabled(), len(hidden_states)
     up, up_bias, down, down_bias = weights_and_biases(self)
     if not training and tokens != 1 and can_use_grouped_mm(tokens, up, down, dtype):
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        with reading_weights_once(hidden_states, rows_of_an_expert(top_k_index, self.num_experts)):
+            return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias
     with without_autocast(hidden_states.device.type):
         if tokens == 1 and not training:

@@ -44,7 +44,7 @@ from .losses_blueberry import (
     sequence_weights,
 )
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
-from .products_blueberry import without_autocast
+from .products_blueberry import reading_weights_once, without_autocast
 from .rotary_blueberry import BlueberryRotaryEmbedding
 from .upcycling_blueberry import upcycled_config, upcycled_weights
 
@@ -330,15 +330,16 @@ class BlueberryModel(BlueberryPreTrainedModel):
 
         hidden_states = inputs_embeds * self.config.hidden_size**0.5
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, _ = layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+        with reading_weights_once(hidden_states):
+            for layer in self.layers[: self.config.num_hidden_layers]:
+                hidden_states, _ = layer(
+                    hidden_states,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    position_embeddings=position_embeddings,
+                    **kwargs,
+                )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -426,7 +427,7 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             if targets is not None:
                 check_labels(targets, hidden.shape[:2], self.vocab_size, kwargs.get("ignore_index", -100))
         without_logits = skip_logits and labels is not None and can_fuse_head(hidden, self.lm_head)
-        logits = None if without_logits else self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        logits = None if without_logits else self._logits(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None if labels is None else self._cross_entropy(hidden, logits, labels, **kwargs)
         if wants_router_losses:
             weights, token_mask = sequence_weights(hidden.shape[:2], attention_mask, labels, **kwargs)
@@ -442,6 +443,11 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(batch, seq, hidden) -> (batch, seq, vocab)."""
+        with reading_weights_once(hidden):
+            return self.lm_head(hidden)
 
     def _cross_entropy(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, **kwargs: Any) -> Tensor:
         """The loss of the logits (batch, seq, vocab), or without them that of hidden states (batch, seq, hidden)."""

@@ -5,10 +5,12 @@ The file ships to the Hub as remote code, so it imports torch only.
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
+FEW_ROWS = 2.5  # up to which reading the weights once for each takes less time than oneDNN's way
 # The operator that torch's own compiler uses for linear layers; private, so used only if it is exactly this one.
 ONEDNN_LINEAR = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
@@ -44,3 +46,46 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         product = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return product if out is None else out.copy_(product)
     return torch.mm(x, weight.t(), out=out)
+
+
+class _WithoutOneDNN(AbstractContextManager):
+    """torch's own products in place of oneDNN's. For the whole process, as torch knows it: the last one out restores
+    what the first one found, so that threads may come and go in any order."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = torch.backends.mkldnn.enabled
+                torch.backends.mkldnn.enabled = False
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.backends.mkldnn.enabled = self.before
+
+
+_without_onednn = _WithoutOneDNN()
+
+
+def reading_weights_once(x: Tensor, rows: float | None = None) -> AbstractContextManager:
+    """For products of a few rows with bf16 weights outside training, as in decoding on a CPU: by torch.
+
+    oneDNN rearranges the weights before it multiplies, and reads 8 GB of them in a second where torch's kernel reads
+    22 to 30, as fast as the memory gives them (Zen 4, two cores), once for each row.
+
+    x (..., in) tells device and dtype; `rows` meet each matrix of weights, on average: those of x unless given.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or not has_avx512():
+        return nullcontext()
+    few = (x.shape[:-1].numel() if rows is None else rows) <= FEW_ROWS
+    return _without_onednn if few and product_dtype(x) == torch.bfloat16 else nullcontext()
+
+
+@cache
+def has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
