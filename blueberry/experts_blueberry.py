@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from .memory_blueberry import large_empty
 from .products_blueberry import FEW_ROWS, linear, product_dtype, reading_weights_once, without_autocast
 from .threads_blueberry import run_on_workers, workers_pay
 
@@ -191,7 +192,7 @@ class _SortedExperts(torch.autograd.Function):
         grad_scores = scores.new_zeros(len(routing.pair))
         grad_rows = hidden.new_zeros(len(routing.pair), hidden.shape[1])
         weights = zip((up, up_bias, down, down_bias), ctx.needs_input_grad[2:6], strict=True)
-        grads = [torch.empty_like(weight) if needed else None for weight, needed in weights]
+        grads = [_gradient(weight) if needed else None for weight, needed in weights]
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
@@ -265,6 +266,13 @@ def _write_gradients(
         cast.write_product(grad.t(), x, out=grad_weight[expert])
     if grad_bias is not None:
         grad_bias[expert] = grad.sum(dim=0)
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Memory for the gradient of a weight, transposed if the weight is."""
+    if weight.is_contiguous():
+        return large_empty(weight, weight.shape, weight.dtype)
+    return torch.empty_like(weight)
 
 
 def _zero_idle_experts(grads: list[Tensor | None], routing: Routing, num_experts: int) -> None:

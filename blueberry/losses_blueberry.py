@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .memory_blueberry import large_empty
 from .products_blueberry import linear, product_dtype, without_autocast
 
 CPU_CHUNK, CHUNK = 1024, 4096  # tokens whose logits exist at once
@@ -109,13 +110,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         counted = targets.ne(ignore_index)
         targets = targets.where(counted, 0).unsqueeze(1)
-        matrix = weight.to(hidden.dtype)
+        matrix = weight
+        if weight.dtype != hidden.dtype:
+            matrix = large_empty(weight, weight.shape, hidden.dtype).copy_(weight)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_weight = large_empty(weight, weight.shape, wide).zero_() if ctx.needs_input_grad[1] else None
         chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
-        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))  # taken once: new memory costs a pass itself
-        product = None if grad_weight is None or wide == hidden.dtype else torch.empty_like(matrix)
+        buffer = large_empty(weight, (min(chunk, len(hidden)), len(weight)), hidden.dtype)
+        product = None
+        if grad_weight is not None and wide != hidden.dtype:
+            product = large_empty(weight, weight.shape, hidden.dtype)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             x, mask = hidden[rows], counted[rows].unsqueeze(1)
@@ -125,20 +130,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = linear(logits, matrix.t()).mul_(mask)
             if grad_weight is not None:
                 add_product_(grad_weight, logits.t(), x * mask, product)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, weight)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        grad_hidden, grad_weight, weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = torch.mul(grad_weight, grad, out=large_empty(weight, weight.shape, grad_weight.dtype))
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> Tensor:

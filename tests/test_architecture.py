@@ -14,9 +14,14 @@ PACKAGES = ("blueberry", "trainer_callbacks", "hub")
 ALLOWED = {
     "blueberry.configuration_blueberry": (),
     "blueberry.attention_blueberry": ("blueberry.threads_blueberry",),
-    "blueberry.experts_blueberry": ("blueberry.products_blueberry", "blueberry.threads_blueberry"),
+    "blueberry.experts_blueberry": (
+        "blueberry.memory_blueberry",
+        "blueberry.products_blueberry",
+        "blueberry.threads_blueberry",
+    ),
     "blueberry.inputs_blueberry": (),
-    "blueberry.losses_blueberry": ("blueberry.products_blueberry",),
+    "blueberry.losses_blueberry": ("blueberry.memory_blueberry", "blueberry.products_blueberry"),
+    "blueberry.memory_blueberry": (),
     "blueberry.norm_blueberry": ("blueberry.products_blueberry",),
     "blueberry.products_blueberry": (),
     "blueberry.rotary_blueberry": ("blueberry.configuration_blueberry",),
