@@ -233,7 +233,7 @@ def gemm_rate(dtype: str) -> float:
 
 def experts(dtype: str, kinds: list[str], tokens: int, repeats: int) -> Iterator[Record]:
     """One layer's experts, forward and backward, from 8 to 64 of them at the same tokens and choices per token."""
-    rate = copy_rate()
+    anew, in_place = copy_rates()
     for kind in kinds:
         base = None
         for num_experts in (8, 16, 32, 64):
@@ -245,13 +245,15 @@ def experts(dtype: str, kinds: list[str], tokens: int, repeats: int) -> Iterator
             seconds = medians(steps, repeats)
             touched = expert_bytes(config)
             base = base or (seconds["blueberry"], touched)
-            explained = base[0] + (touched - base[1]) / rate
+            explained, least = (base[0] + (touched - base[1]) / rate for rate in (anew, in_place))
             for name, value in seconds.items():
                 yield {"experts": kind, "num_experts": num_experts, "tokens": tokens, "implementation": name,
                        "ms": round(1000 * value, 1), "over_eager": round(value / seconds["eager"], 3)}  # fmt: skip
             yield {"experts": kind, "num_experts": num_experts, "weight_bytes_touched": touched,
-                   "copied_bytes_per_s": round(rate), "explained_ms": round(1000 * explained, 1),
-                   "over_explained": round(seconds["blueberry"] / explained, 3)}  # fmt: skip
+                   "copied_bytes_per_s": round(anew), "explained_ms": round(1000 * explained, 1),
+                   "over_explained": round(seconds["blueberry"] / explained, 3),
+                   "in_place_bytes_per_s": round(in_place), "explained_in_place_ms": round(1000 * least, 1),
+                   "over_explained_in_place": round(seconds["blueberry"] / least, 3)}  # fmt: skip
 
 
 def experts_step(config: BlueberryConfig, implementation: str, tokens: int, dtype: str) -> Callable[[], None]:
@@ -281,11 +283,13 @@ def expert_bytes(config: BlueberryConfig) -> int:
     return 3 * 4 * config.num_experts * matrices * config.hidden_size * config.moe_intermediate_size
 
 
-def copy_rate() -> float:
-    """Bytes read and written per second when a large tensor is copied into memory taken anew, as gradients are."""
+def copy_rates() -> tuple[float, float]:
+    """Bytes read and written per second when a large tensor is copied: into memory taken anew, as gradients usually
+    are, and into memory that is there, as Blueberry's largest gradients are after the first step."""
     source = torch.randn(64 * 2**20 // 4, device=device())
-    seconds = medians({"clone": lambda: source.clone()}, 9)["clone"]
-    return 2 * source.nbytes / seconds
+    target = source.clone()
+    seconds = medians({"anew": lambda: source.clone(), "in place": lambda: target.copy_(source)}, 9)
+    return 2 * source.nbytes / seconds["anew"], 2 * source.nbytes / seconds["in place"]
 
 
 # Loss
