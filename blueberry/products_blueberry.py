@@ -82,8 +82,8 @@ def reading_weights_once(x: Tensor, rows: float | None = None) -> AbstractContex
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or not has_avx512():
         return nullcontext()
-    few = (x.shape[:-1].numel() if rows is None else rows) <= FEW_ROWS
-    return _without_onednn if few and product_dtype(x) == torch.bfloat16 else nullcontext()
+    few = (x.shape[:-1].numel() if rows is None else rows) <= FEW_ROWS and product_dtype(x) == torch.bfloat16
+    return _without_onednn if few and not torch.backends.flags_frozen() else nullcontext()
 
 
 @cache

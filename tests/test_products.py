@@ -14,11 +14,17 @@ ONE = torch.randn(1, 1, 64, dtype=torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def capable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On any machine as on one with AVX-512; oneDNN is on afterwards."""
+    """On any machine as on one with AVX-512, where torch's flags may be set; oneDNN is on afterwards."""
     monkeypatch.setattr(products_blueberry, "has_avx512", lambda: True)
+    freeze_flags(monkeypatch, False)
     with torch.no_grad():
         yield
     assert torch.backends.mkldnn.enabled
+
+
+def freeze_flags(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    own = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(own, "__allow_nonbracketed_mutation_flag", not frozen)
 
 
 def is_off() -> bool:
@@ -61,6 +67,13 @@ def test_onednn_stays_off_where_it_was_off():
 @pytest.mark.parametrize("x", [ONE.expand(1, 3, 64), ONE.float(), ONE.double()], ids=["3 rows", "float32", "float64"])
 def test_other_products_stay_with_onednn(x: torch.Tensor):
     with reading_weights_once(x):
+        assert not is_off()
+
+
+def test_flags_that_nobody_may_set_stay(monkeypatch):
+    """After `torch.backends.disable_global_flags()`, which torch's own tests call, setting one is an error."""
+    freeze_flags(monkeypatch, True)
+    with reading_weights_once(ONE):
         assert not is_off()
 
 
