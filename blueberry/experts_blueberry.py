@@ -24,7 +24,7 @@ from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .memory_blueberry import large_empty
-from .products_blueberry import FEW_ROWS, linear, product_dtype, reading_weights_once, without_autocast
+from .products_blueberry import FEW_ROWS, linear, product_dtype, products_of_few_rows, without_autocast
 from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
@@ -296,7 +296,7 @@ def experts_of_one_token(
     """The same sum where there is nothing to sort, outside autograd: a step of decoding."""
     output = torch.zeros_like(hidden)
     cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
-    with reading_weights_once(hidden):
+    with products_of_few_rows(hidden):
         for expert, score in zip(top_k_index[0].tolist(), scores[0].unbind(), strict=True):
             if expert < len(up):  # else it lives on another rank
                 inner = activation(_affine(hidden, cast_up.read(expert), up_bias, expert))
@@ -330,7 +330,7 @@ def blueberry_experts_forward(
     dtype, training, tokens = compute_dtype(hidden_states), torch.is_grad_enabled(), len(hidden_states)
     up, up_bias, down, down_bias = weights_and_biases(self)
     if not training and tokens != 1 and can_use_grouped_mm(tokens, up, down, dtype):
-        with reading_weights_once(hidden_states, rows_of_an_expert(top_k_index, self.num_experts)):
+        with products_of_few_rows(hidden_states, rows_of_an_expert(top_k_index, self.num_experts)):
             return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias
     with without_autocast(hidden_states.device.type):

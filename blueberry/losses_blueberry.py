@@ -1,7 +1,7 @@
 """The loss of the head without the logits, and the losses of the router.
 
 Router losses are taken per sequence, so that they do not depend on how a global batch is split. The file ships to the
-Hub as remote code, so it imports torch and its sibling only.
+Hub as remote code, so it imports torch and its siblings only.
 """
 
 import torch

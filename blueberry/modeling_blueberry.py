@@ -44,7 +44,7 @@ from .losses_blueberry import (
     sequence_weights,
 )
 from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
-from .products_blueberry import reading_weights_once, without_autocast
+from .products_blueberry import products_of_few_rows, without_autocast
 from .rotary_blueberry import BlueberryRotaryEmbedding
 from .upcycling_blueberry import upcycled_config, upcycled_weights
 
@@ -330,7 +330,7 @@ class BlueberryModel(BlueberryPreTrainedModel):
 
         hidden_states = inputs_embeds * self.config.hidden_size**0.5
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        with reading_weights_once(hidden_states):
+        with products_of_few_rows(hidden_states):
             for layer in self.layers[: self.config.num_hidden_layers]:
                 hidden_states, _ = layer(
                     hidden_states,
@@ -446,7 +446,7 @@ class BlueberryForCausalLM(BlueberryPreTrainedModel, GenerationMixin):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, seq, vocab)."""
-        with reading_weights_once(hidden):
+        with products_of_few_rows(hidden):
             return self.lm_head(hidden)
 
     def _cross_entropy(self, hidden: Tensor, logits: Tensor | None, labels: Tensor, **kwargs: Any) -> Tensor:

@@ -72,7 +72,7 @@ class _WithoutOneDNN(AbstractContextManager):
 _without_onednn = _WithoutOneDNN()
 
 
-def reading_weights_once(x: Tensor, rows: float | None = None) -> AbstractContextManager:
+def products_of_few_rows(x: Tensor, rows: float | None = None) -> AbstractContextManager:
     """For products of a few rows with bf16 weights outside training, as in decoding on a CPU: by torch.
 
     oneDNN rearranges the weights before it multiplies, and reads 8 GB of them in a second where torch's kernel reads

@@ -7,7 +7,7 @@ import torch
 from test_experts import build_experts
 
 from blueberry import BlueberryConfig, BlueberryForCausalLM, experts_blueberry, products_blueberry
-from blueberry.products_blueberry import FEW_ROWS, reading_weights_once
+from blueberry.products_blueberry import FEW_ROWS, products_of_few_rows
 
 ONE = torch.randn(1, 1, 64, dtype=torch.bfloat16)
 
@@ -32,20 +32,20 @@ def is_off() -> bool:
 
 
 def test_onednn_is_left_out_for_a_few_rows_and_comes_back():
-    with reading_weights_once(ONE):
+    with products_of_few_rows(ONE):
         assert is_off()
-        with reading_weights_once(ONE):
+        with products_of_few_rows(ONE):
             assert is_off()
         assert is_off()
     assert not is_off()
-    with pytest.raises(RuntimeError, match="inside"), reading_weights_once(ONE):
+    with pytest.raises(RuntimeError, match="inside"), products_of_few_rows(ONE):
         raise RuntimeError("inside")
     assert not is_off()
 
 
 def test_onednn_comes_back_with_the_last_thread_that_left_it_out():
     """Two threads decode at once: the one that entered first leaves first."""
-    first, second = reading_weights_once(ONE), reading_weights_once(ONE)
+    first, second = products_of_few_rows(ONE), products_of_few_rows(ONE)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -57,7 +57,7 @@ def test_onednn_comes_back_with_the_last_thread_that_left_it_out():
 def test_onednn_stays_off_where_it_was_off():
     torch.backends.mkldnn.enabled = False
     try:
-        with reading_weights_once(ONE):
+        with products_of_few_rows(ONE):
             pass
         assert is_off()
     finally:
@@ -66,19 +66,19 @@ def test_onednn_stays_off_where_it_was_off():
 
 @pytest.mark.parametrize("x", [ONE.expand(1, 3, 64), ONE.float(), ONE.double()], ids=["3 rows", "float32", "float64"])
 def test_other_products_stay_with_onednn(x: torch.Tensor):
-    with reading_weights_once(x):
+    with products_of_few_rows(x):
         assert not is_off()
 
 
 def test_flags_that_nobody_may_set_stay(monkeypatch):
     """After `torch.backends.disable_global_flags()`, which torch's own tests call, setting one is an error."""
     freeze_flags(monkeypatch, True)
-    with reading_weights_once(ONE):
+    with products_of_few_rows(ONE):
         assert not is_off()
 
 
 def test_training_stays_with_onednn():
-    with torch.enable_grad(), reading_weights_once(ONE):
+    with torch.enable_grad(), products_of_few_rows(ONE):
         assert not is_off()
 
 
