@@ -168,48 +168,47 @@ class _SortedExperts(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         kept: list[tuple[Tensor, ...]] = [()] * len(routing.spans)  # what the activation's backward needs, of each
-        outer = hidden.new_empty(len(routing.pair), down.shape[1])  # (rows, hidden)
+        rows, outer = (hidden.new_empty(len(routing.pair), hidden.shape[1]) for _ in range(2))  # (rows, hidden)
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
 
         def work(index: int) -> None:
             expert, start, stop = routing.spans[index]
-            x = hidden.index_select(0, routing.token[start:stop])
+            x = torch.index_select(hidden, 0, routing.token[start:stop], out=rows[start:stop])
             after, kept[index] = activation.forward(_affine(x, cast_up.read(expert), up_bias, expert))  # (rows, width)
             _affine(after, cast_down.read(expert), down_bias, expert, out=outer[start:stop])
 
         for_each_expert(work, routing.spans, down.shape[1:])
         outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
-        ctx.save_for_backward(hidden, scores, up, up_bias, down, down_bias, outer, *chain.from_iterable(kept))
+        ctx.save_for_backward(rows, scores, up, up_bias, down, down_bias, outer, *chain.from_iterable(kept))
         ctx.routing, ctx.activation = routing, activation
         return combine(outer, routing.place, scores)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, scores, up, up_bias, down, down_bias, outer, *kept = ctx.saved_tensors
+        x, scores, up, up_bias, down, down_bias, outer, *kept = ctx.saved_tensors  # x (rows, hidden)
         routing: Routing = ctx.routing
         row_scores = (scores.reshape(-1)[routing.pair] * routing.real).unsqueeze(1)  # (rows, 1)
         grad_scores = scores.new_zeros(len(routing.pair))
-        grad_rows = hidden.new_zeros(len(routing.pair), hidden.shape[1])
+        grad_rows = torch.zeros_like(x)
         weights = zip((up, up_bias, down, down_bias), ctx.needs_input_grad[2:6], strict=True)
         grads = [_gradient(weight) if needed else None for weight, needed in weights]
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
         _zero_idle_experts(grads, routing, len(up))
-        cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
+        cast_up, cast_down = _Cast(up, x.dtype), _Cast(down, x.dtype)
         each = len(kept) // max(1, len(routing.spans))
 
         def work(index: int) -> None:
             expert, start, stop = routing.spans[index]
             rows = slice(start, stop)
-            grad = grad_output.index_select(0, routing.token[rows]).to(hidden.dtype)  # (rows, hidden)
+            grad = grad_output.index_select(0, routing.token[rows]).to(x.dtype)  # (rows, hidden)
             grad_scores[rows] = torch.linalg.vecdot(grad, outer[rows])
             grad.mul_(row_scores[rows])
             grad_after = linear(grad, cast_down.read(expert).t())  # (rows, width)
             after, grad_inner = ctx.activation.backward(grad_after, *kept[index * each : (index + 1) * each])
             _write_gradients(grad, after, grad_down, grad_down_bias, expert, cast_down)
             linear(grad_inner, cast_up.read(expert).t(), out=grad_rows[rows])
-            x = hidden.index_select(0, routing.token[rows])
-            _write_gradients(grad_inner, x, grad_up, grad_up_bias, expert, cast_up)
+            _write_gradients(grad_inner, x[rows], grad_up, grad_up_bias, expert, cast_up)
 
         for_each_expert(work, routing.spans, down.shape[1:])
         return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None

@@ -25,7 +25,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """With y = x s w: dx = s (g w) - x s^3 <g w, x> / size and dw = sum g x s. Overwrites grad (..., size)."""
     product = grad * x
-    grad_weight = scale.reshape(-1) @ product.reshape(-1, x.shape[-1])
+    grad_weight = (scale.reshape(1, -1) @ product.reshape(-1, x.shape[-1]))[0]  # faster than a vector's product
     coefficient = (product @ weight).unsqueeze(-1).mul_(scale.pow(3)).div_(x.shape[-1])
     return grad.mul_(weight).mul_(scale).addcmul_(x, coefficient, value=-1), grad_weight
 

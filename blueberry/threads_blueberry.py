@@ -1,7 +1,8 @@
 """How many threads torch computes with, and work spread over the threads of a CPU.
 
 Where an operation hardly uses a second thread (an eigensolver), or many small ones end by waiting for the slower of
-two, workers with one thread each finish more. The file ships to the Hub as remote code, so it imports torch only.
+two, workers with one thread each finish more. The file ships to the Hub as remote code, so it imports torch and its
+sibling only.
 """
 
 import os
@@ -15,6 +16,8 @@ from typing import TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .products_blueberry import without_autocast
 
 # Multiplications of a product that takes a tenth of a millisecond in bf16. With a quarter of them workers took longer
 # than the calling thread, with four times as many less (two cores, `tiny` with 4 x 64 and 16 x 256 tokens).
@@ -62,7 +65,7 @@ def workers_pay(multiplications: int) -> bool:
 
 
 def run_on_workers(work: Callable[[_Piece], None], pieces: Sequence[_Piece], threads_each: int = 1) -> None:
-    """Do the work on each piece, without gradients, on as many workers as torch's threads suffice for.
+    """Do the work on each piece, without gradients and autocast, on as many workers as torch's threads suffice for.
 
     Each has `threads_each` BLAS threads: with all of torch's, the calling thread does one piece after the other. So it
     does with all threads under what sees the calling thread alone: profilers and dispatch modes, such as torch's
@@ -72,7 +75,7 @@ def run_on_workers(work: Callable[[_Piece], None], pieces: Sequence[_Piece], thr
     watched = is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled()
     ending = not main_thread().is_alive()  # when no worker may start any more
     if watched or ending or min(threads // threads_each, len(pieces)) < 2:
-        with torch.no_grad(), blas_threads(threads if watched else threads_each):
+        with torch.no_grad(), without_autocast("cpu"), blas_threads(threads if watched else threads_each):
             for piece in pieces:
                 work(piece)
     else:

@@ -38,7 +38,7 @@ ALLOWED = {
         "blueberry.upcycling_blueberry",
     ),
     "blueberry.errors": (),
-    "blueberry.threads_blueberry": (),
+    "blueberry.threads_blueberry": ("blueberry.products_blueberry",),
     "blueberry.scratch": (),
     "blueberry.symmetric_products": ("blueberry.scratch",),
     "blueberry.matrix_polynomials": ("blueberry.scratch", "blueberry.symmetric_products"),

@@ -48,6 +48,15 @@ def test_work_has_no_gradients_and_is_in_inference_mode_if_the_caller_is(threads
         assert all(inference for *_, inference in results_of(4, threads))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_work_computes_in_the_dtypes_that_it_is_given_also_under_autocast(threads):
+    a, dtypes = torch.ones(2, 2), []
+    with blas_threads(threads), torch.autocast("cpu", torch.bfloat16):
+        run_on_workers(lambda _: dtypes.append((a @ a).dtype), range(2))
+        assert (a @ a).dtype == torch.bfloat16
+    assert dtypes == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_nothing_goes_on_after_an_error_or_an_interruption(error, monkeypatch):
     begun, ended = [], []
