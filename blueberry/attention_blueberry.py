@@ -70,17 +70,19 @@ class _CausalAttention(torch.autograd.Function):
             index, own, shared = ctx.pieces[number]
             q, k, v = operands(query[index, own], key[index, shared], value[index, shared], ctx.scaling)
             grad = grad_output[index, :, own].transpose(0, 1).to(v.dtype, memory_format=torch.contiguous_format)
-            grad_q = torch.empty_like(q)
+            grad_q = grads[0][index, own]
             grad_k, grad_v = (torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in "kv")
             own_weights, v = kept[number * blocks : (number + 1) * blocks], v.mT
             for weights, tensors in zip(own_weights, in_blocks(q, grad, grad_q), strict=True):
                 (q_block, grad_block, grad_q_block), stop = tensors, weights.shape[2]  # weights (heads, block, stop)
                 grad_v[:, :stop].add_(torch.bmm(weights.mT, grad_block))
                 grad_weights = torch.bmm(grad_block, v[:, :, :stop])  # (heads, block, stop)
-                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_scores = torch._softmax_backward_data(
+                    grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+                )
                 torch.bmm(grad_scores, k[:, :stop], out=grad_q_block)
                 grad_k[:, :stop].add_(torch.bmm(grad_scores.mT, q_block))
-            grads[0][index, own] = grad_q.mul_(ctx.scaling)
+            grad_q.mul_(ctx.scaling)
             gather(grad_k, out=grads[1][index, shared])
             gather(grad_v, out=grads[2][index, shared])
 
@@ -129,8 +131,10 @@ def future_mask(query: Tensor) -> Tensor:
 
 
 def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """BLOCK positions at a time of each (heads, seq, size): views made at once, since workers wait for each other's
-    Python."""
+    """BLOCK positions at a time of each (heads, seq, size).
+
+    The views are made at once: workers wait for each other while they run Python.
+    """
     return zip(*(x.split(BLOCK, dim=1) for x in tensors), strict=True)
 
 
@@ -138,7 +142,7 @@ def block_weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     """Attention of queries (heads, block, size) to keys (heads, size, stop) up to their own: (heads, block, stop)."""
     scores, block = torch.bmm(query, key), query.shape[1]
     scores[:, :, -block:].add_(mask[:block, :block])
-    return scores.softmax(dim=-1)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def spread(x: Tensor, heads: int) -> Tensor:
