@@ -117,7 +117,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = large_empty(weight, weight.shape, wide).zero_() if ctx.needs_input_grad[1] else None
         chunk = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
-        buffer = large_empty(weight, (min(chunk, len(hidden)), len(weight)), hidden.dtype)
+        longest = min(chunk, 2 ** (len(hidden) - 1).bit_length())  # few sizes, because memory of each is kept
+        buffer = large_empty(weight, (longest, len(weight)), hidden.dtype)
         product = None
         if grad_weight is not None and wide != hidden.dtype:
             product = large_empty(weight, weight.shape, hidden.dtype)
