@@ -47,10 +47,10 @@ class _CausalAttention(torch.autograd.Function):
         def work(number: int) -> None:
             index, own, shared = pieces[number]
             q, k, v = operands(query[index, own], key[index, shared], value[index, shared], scaling)
-            out, k, stop = output[index, :, own].transpose(0, 1), k.mT, 0
-            for block, out_block in in_blocks(q, out):
-                stop += block.shape[1]
-                weights = block_weights(block, k[:, :, :stop], mask)
+            k_transposed, stop = k.mT, 0
+            for q_block, out_block in in_blocks(q, output[index, :, own].transpose(0, 1)):
+                stop += q_block.shape[1]
+                weights = block_weights(q_block, k_transposed[:, :, :stop], mask)
                 torch.bmm(weights, v[:, :stop], out=out_block)
                 kept[number].append(weights)
 
@@ -72,11 +72,12 @@ class _CausalAttention(torch.autograd.Function):
             grad = grad_output[index, :, own].transpose(0, 1).to(v.dtype, memory_format=torch.contiguous_format)
             grad_q = grads[0][index, own]
             grad_k, grad_v = (torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in "kv")
-            own_weights, v = kept[number * blocks : (number + 1) * blocks], v.mT
-            for weights, tensors in zip(own_weights, in_blocks(q, grad, grad_q), strict=True):
-                (q_block, grad_block, grad_q_block), stop = tensors, weights.shape[2]  # weights (heads, block, stop)
+            own_weights, v_transposed = kept[number * blocks : (number + 1) * blocks], v.mT
+            each_block = zip(own_weights, in_blocks(q, grad, grad_q), strict=True)
+            for weights, (q_block, grad_block, grad_q_block) in each_block:
+                stop = weights.shape[2]  # weights (heads, block, stop)
                 grad_v[:, :stop].add_(torch.bmm(weights.mT, grad_block))
-                grad_weights = torch.bmm(grad_block, v[:, :, :stop])  # (heads, block, stop)
+                grad_weights = torch.bmm(grad_block, v_transposed[:, :, :stop])  # (heads, block, stop)
                 grad_scores = torch._softmax_backward_data(
                     grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
                 )

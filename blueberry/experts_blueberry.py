@@ -168,7 +168,8 @@ class _SortedExperts(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         kept: list[tuple[Tensor, ...]] = [()] * len(routing.spans)  # what the activation's backward needs, of each
-        rows, outer = (hidden.new_empty(len(routing.pair), hidden.shape[1]) for _ in range(2))  # (rows, hidden)
+        rows = hidden.new_empty(len(routing.pair), hidden.shape[1])  # (rows, hidden)
+        outer = hidden.new_empty(len(routing.pair), down.shape[1])  # (rows, hidden)
         cast_up, cast_down = _Cast(up, hidden.dtype), _Cast(down, hidden.dtype)
 
         def work(index: int) -> None:

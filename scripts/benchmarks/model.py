@@ -285,7 +285,7 @@ def expert_bytes(config: BlueberryConfig) -> int:
 
 def copy_rates() -> tuple[float, float]:
     """Bytes read and written per second when a large tensor is copied: into memory taken anew, as gradients usually
-    are, and into memory that is there, as Blueberry's largest gradients are after the first step."""
+    are, and into memory that is there, as Blueberry's gradients are after the first step."""
     source = torch.randn(64 * 2**20 // 4, device=device())
     target = source.clone()
     seconds = medians({"anew": lambda: source.clone(), "in place": lambda: target.copy_(source)}, 9)
