@@ -35,6 +35,7 @@ from .attention_blueberry import can_attend_in_blocks, causal_attention
 from .configuration_blueberry import BlueberryConfig
 from .experts_blueberry import EXPERTS_IMPLEMENTATION
 from .inputs_blueberry import RefuseNaN, check_input, check_labels
+from .linear_blueberry import BlueberryLinear, BlueberryResidualLinear
 from .losses_blueberry import (
     can_fuse_head,
     can_fuse_loss,
@@ -47,10 +48,6 @@ from .norm_blueberry import BlueberryHeadRMSNorm, BlueberryRMSNorm, Rotation
 from .products_blueberry import products_of_few_rows, without_autocast
 from .rotary_blueberry import BlueberryRotaryEmbedding
 from .upcycling_blueberry import upcycled_config, upcycled_weights
-
-
-class BlueberryResidualLinear(nn.Linear):
-    """A linear layer whose output is added to the residual stream: initialized smaller than the others."""
 
 
 def eager_attention_forward(
@@ -89,9 +86,9 @@ class BlueberryAttention(nn.Module):
         self.is_causal = True
         query_size = config.num_attention_heads * self.head_dim
         key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.q_proj = BlueberryLinear(config.hidden_size, query_size, bias=False)
+        self.k_proj = BlueberryLinear(config.hidden_size, key_size, bias=False)
+        self.v_proj = BlueberryLinear(config.hidden_size, key_size, bias=False)
         self.o_proj = BlueberryResidualLinear(query_size, config.hidden_size, bias=False)
         norm = partial(BlueberryHeadRMSNorm, self.head_dim, config.rms_norm_eps) if config.use_qk_norm else Rotation
         self.q_norm, self.k_norm = norm(), norm()
@@ -126,7 +123,7 @@ class BlueberryMLP(nn.Module):
 
     def __init__(self, config: BlueberryConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = BlueberryLinear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = BlueberryResidualLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
