@@ -125,7 +125,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             x, mask = hidden[rows], counted[rows].unsqueeze(1)
-            logits = torch.mm(x, matrix.t(), out=buffer[: len(x)])  # (chunk, vocab)
+            logits = linear(x, matrix, out=buffer[: len(x)])  # (chunk, vocab)
             total += softmax_minus_onehot_(logits, targets[rows]).masked_fill_(~mask, 0).sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = linear(logits, matrix.t()).mul_(mask)
@@ -157,7 +157,8 @@ def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> Tensor:
     for start in range(0, len(logits), step):
         part, index = logits[start : start + step], targets[start : start + step]
         normalizer, target = part.amax(dim=1, keepdim=True).to(wide), part.gather(1, index).to(wide)
-        probabilities = part.softmax(dim=1, dtype=wide)
+        in_place = part if part.dtype == wide and part.device.type == "cpu" else None
+        probabilities = torch.softmax(part, dim=1, dtype=wide, out=in_place)
         normalizer -= probabilities.amax(dim=1, keepdim=True).log()
         losses[start : start + step] = normalizer - target
         part.copy_(probabilities.scatter_add_(1, index, -torch.ones_like(target)))
