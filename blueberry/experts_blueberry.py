@@ -103,11 +103,12 @@ def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
     return Activation(lambda x: (function(x), (x,)), backward)
 
 
-def silu_and_slopes(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """silu(x) of x (rows, width), and with it the derivative, which takes the place of x."""
-    output = F.silu(x)
-    slopes = torch.ops.aten.silu_backward.grad_input(x.new_ones(()).expand_as(x), x, grad_input=x)
-    return output, (output, slopes)
+def silu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(x) of x (rows, width) again, and the gradient of x, which takes the place of that of the output.
+
+    To compute it twice is faster than to keep it: it costs less than writing it to memory and reading it back.
+    """
+    return F.silu(x), torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
 def gated_silu_and_slopes(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -128,7 +129,7 @@ def by_slopes(grad: Tensor, output: Tensor, slopes: Tensor) -> tuple[Tensor, Ten
     return output, (slopes.unflatten(-1, (-1, grad.shape[-1])) * grad.unsqueeze(1)).flatten(1)
 
 
-SILU = Activation(silu_and_slopes, by_slopes)
+SILU = Activation(lambda x: (F.silu(x), (x,)), silu_backward)
 GATED_SILU = Activation(gated_silu_and_slopes, by_slopes)
 
 
@@ -179,7 +180,7 @@ class _SortedExperts(torch.autograd.Function):
             _affine(after, cast_down.read(expert), down_bias, expert, out=outer[start:stop])
 
         for_each_expert(work, routing.spans, down.shape[1:])
-        outer[routing.spans[-1][2] if routing.spans else 0 :].zero_()  # pairs of other ranks
+        _zero_rows_of_other_ranks(outer, routing)
         ctx.save_for_backward(rows, scores, up, up_bias, down, down_bias, outer, *chain.from_iterable(kept))
         ctx.routing, ctx.activation = routing, activation
         return combine(outer, routing.place, scores)
@@ -191,7 +192,7 @@ class _SortedExperts(torch.autograd.Function):
         routing: Routing = ctx.routing
         row_scores = (scores.reshape(-1)[routing.pair] * routing.real).unsqueeze(1)  # (rows, 1)
         grad_scores = scores.new_zeros(len(routing.pair))
-        grad_rows = torch.zeros_like(x)
+        grad_rows = torch.empty_like(x)
         weights = zip((up, up_bias, down, down_bias), ctx.needs_input_grad[2:6], strict=True)
         grads = [_gradient(weight) if needed else None for weight, needed in weights]
         grad_up, grad_up_bias, grad_down, grad_down_bias = grads
@@ -212,6 +213,7 @@ class _SortedExperts(torch.autograd.Function):
             _write_gradients(grad_inner, x[rows], grad_up, grad_up_bias, expert, cast_up)
 
         for_each_expert(work, routing.spans, down.shape[1:])
+        _zero_rows_of_other_ranks(grad_rows, routing)
         return combine(grad_rows, routing.place), grad_scores[routing.place], *grads, None, None
 
 
@@ -273,6 +275,11 @@ def _gradient(weight: Tensor) -> Tensor:
     if weight.is_contiguous():
         return large_empty(weight, weight.shape, weight.dtype)
     return torch.empty_like(weight)
+
+
+def _zero_rows_of_other_ranks(rows: Tensor, routing: Routing) -> None:
+    """Clear the rows (rows, hidden) after those of the experts here."""
+    rows[routing.spans[-1][2] if routing.spans else 0 :].zero_()
 
 
 def _zero_idle_experts(grads: list[Tensor | None], routing: Routing, num_experts: int) -> None:
