@@ -38,6 +38,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        query, key, value = query * scaling, key.contiguous(), value.contiguous()
         batch, heads, seq, size = query.shape
         output = value.new_empty(batch, seq, heads, size)
         mask = future_mask(query)
@@ -46,7 +47,8 @@ class _CausalAttention(torch.autograd.Function):
 
         def work(number: int) -> None:
             index, own, shared = pieces[number]
-            q, k, v = operands(query[index, own], key[index, shared], value[index, shared], scaling)
+            q = query[index, own]  # (heads, seq, size), as k and v
+            k, v = (spread(x[index, shared], len(q)) for x in (key, value))
             k_transposed, stop = k.mT, 0
             for q_block, out_block in in_blocks(q, output[index, :, own].transpose(0, 1)):
                 stop += q_block.shape[1]
@@ -68,21 +70,23 @@ class _CausalAttention(torch.autograd.Function):
 
         def work(number: int) -> None:
             index, own, shared = ctx.pieces[number]
-            q, k, v = operands(query[index, own], key[index, shared], value[index, shared], ctx.scaling)
+            q = query[index, own]  # (heads, seq, size), as k and v
+            k, v = (spread(x[index, shared], len(q)) for x in (key, value))
             grad = grad_output[index, :, own].transpose(0, 1).to(v.dtype, memory_format=torch.contiguous_format)
             grad_q = grads[0][index, own]
-            grad_k, grad_v = (torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in "kv")
+            grad_k: Tensor | None = None
+            grad_v: Tensor | None = None
             own_weights, v_transposed = kept[number * blocks : (number + 1) * blocks], v.mT
-            each_block = zip(own_weights, in_blocks(q, grad, grad_q), strict=True)
-            for weights, (q_block, grad_block, grad_q_block) in each_block:
+            each_block = list(zip(own_weights, in_blocks(q, grad, grad_q), strict=True))
+            for weights, (q_block, grad_block, grad_q_block) in reversed(each_block):  # the first to all keys
                 stop = weights.shape[2]  # weights (heads, block, stop)
-                grad_v[:, :stop].add_(torch.bmm(weights.mT, grad_block))
+                grad_v = add_rows_(grad_v, torch.bmm(weights.mT, grad_block))
                 grad_weights = torch.bmm(grad_block, v_transposed[:, :, :stop])  # (heads, block, stop)
                 grad_scores = torch._softmax_backward_data(
                     grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
                 )
                 torch.bmm(grad_scores, k[:, :stop], out=grad_q_block)
-                grad_k[:, :stop].add_(torch.bmm(grad_scores.mT, q_block))
+                grad_k = add_rows_(grad_k, torch.bmm(grad_scores.mT, q_block))
             grad_q.mul_(ctx.scaling)
             gather(grad_k, out=grads[1][index, shared])
             gather(grad_v, out=grads[2][index, shared])
@@ -121,11 +125,6 @@ def share(query: Tensor, kv_heads: int) -> tuple[list[Piece], int]:
     return pieces, threads
 
 
-def operands(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries (heads, seq, size), and as many keys and values, contiguous."""
-    return query * scaling, spread(key, len(query)), spread(value, len(query))
-
-
 def future_mask(query: Tensor) -> Tensor:
     """(BLOCK, BLOCK): -inf above the diagonal, else 0."""
     return torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype, device=query.device).triu_(1)
@@ -146,9 +145,17 @@ def block_weights(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1, out=scores)
 
 
+def add_rows_(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add part (heads, stop, size) to the first rows of total, in fp32 at least; the first part is the total."""
+    if total is None:
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+    total[:, : part.shape[1]].add_(part)
+    return total
+
+
 def spread(x: Tensor, heads: int) -> Tensor:
     """x (kv_heads, seq, size) repeated for the query heads that share it: (heads, seq, size)."""
-    return x.contiguous() if len(x) == heads else x.repeat_interleave(heads // len(x), dim=0)
+    return x if len(x) == heads else x.repeat_interleave(heads // len(x), dim=0)
 
 
 def gather(grad: Tensor, out: Tensor) -> None:
