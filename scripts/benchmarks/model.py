@@ -22,6 +22,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from blueberry import BlueberryConfig
 from blueberry.losses_blueberry import head_cross_entropy
 from blueberry.modeling_blueberry import BlueberryExperts, BlueberryGatedExperts
+from blueberry.products_blueberry import linear
 
 from .common import Record, device, in_fresh_process, interleaved_medians, machine, resident_peak
 
@@ -195,14 +196,15 @@ def compare_training(
     for name, model in contestants.items():
         options = {"skip_logits": True} if name == "blueberry" else {}
         steps[name] = partial(training_step, model, random_batches(config.vocab_size, batch), dtype, **options)
+    rate = gemm_rate(dtype)
     seconds = medians(steps, repeats)
+    rate = max(rate, gemm_rate(dtype))  # a shared machine can be slow for the second that one takes
     fastest_peer = min(value for name, value in seconds.items() if not name.startswith("blueberry"))
     for name, value in seconds.items():
         yield setting | {"model": name, "step_ms": round(1000 * value, 1),
                          "tokens_per_s": round(tokens / value),
                          "speed_over_fastest_peer": round(fastest_peer / value, 3)}  # fmt: skip
     flops = tokens * training_flops_per_token(config, batch[1])
-    rate = gemm_rate(dtype)
     yield setting | {"limit": "products alone at the measured GEMM rate", "gflop": round(flops / 1e9, 1),
                      "gflop_per_s": round(rate / 1e9, 1), "tokens_per_s": round(tokens * rate / flops),
                      "share_of_limit": round(flops / rate / seconds["blueberry"], 3)}  # fmt: skip
@@ -222,10 +224,11 @@ def training_flops_per_token(config: BlueberryConfig, length: int) -> float:
 
 
 def gemm_rate(dtype: str) -> float:
-    """Operations per second of a product of 2048 x 2048 matrices."""
+    """Operations per second of a product of 2048 x 2048 matrices, by the faster library that Blueberry uses."""
     a, b = (torch.randn(2048, 2048, device=device()).to(DTYPES[dtype]) for _ in range(2))
     result = torch.empty_like(a)
-    return 2 * 2048**3 / medians({"mm": lambda: torch.mm(a, b, out=result)}, 9)["mm"]
+    products = {"torch": lambda: torch.mm(a, b, out=result), "oneDNN in fp32": lambda: linear(a, b)}
+    return 2 * 2048**3 / min(medians(products, 9).values())
 
 
 # Experts
