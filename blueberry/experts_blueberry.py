@@ -97,7 +97,7 @@ def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
     def backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            output = function(x)
+            output = function(x.view_as(x))  # not the leaf, onto which torch's counter of operations cannot hook
         return output.detach(), torch.autograd.grad(output, x, grad)[0]
 
     return Activation(lambda x: (function(x), (x,)), backward)

@@ -9,6 +9,7 @@ from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FEW_ROWS = 2.5  # up to which reading the weights once for each takes less time than oneDNN's way
 AT_ONCE = 2**22  # elements of a product before they are copied: 16 MiB, half of the last cache; 1 to 16 are as fast
@@ -42,9 +43,11 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x weight^T of x (rows, in) and weight (out, in), outside autograd -> (rows, out), written to `out` if given.
 
     oneDNN writes to memory of its own, so `out` is filled from the cache, some columns at a time. A single row is left
-    to torch.mm: it only reads the weights.
+    to torch.mm, which only reads the weights, and so is all under a dispatch mode: torch's counter of operations does
+    not know oneDNN's.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or len(x) <= 1 or not has_onednn_linear():
+    single = x.dtype == torch.float32 and x.device.type == "cpu"
+    if not single or len(x) <= 1 or not has_onednn_linear() or is_in_torch_dispatch_mode():
         return torch.mm(x, weight.t(), out=out)
     if out is None:
         return _onednn_linear(x, weight)

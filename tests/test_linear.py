@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from blueberry import BlueberryConfig, BlueberryForCausalLM, linear_blueberry, products_blueberry
+from blueberry import BlueberryConfig, BlueberryForCausalLM, experts_blueberry, linear_blueberry, products_blueberry
 from blueberry.linear_blueberry import BlueberryLinear
 from blueberry.products_blueberry import has_onednn_linear, linear
 
@@ -88,6 +89,22 @@ def test_a_model_trains_the_same_by_both(num_experts: int, monkeypatch: pytest.M
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_torchs_counter_of_operations_sees_every_product(num_experts: int, monkeypatch: pytest.MonkeyPatch):
+    """It knows torch's products alone: fp32 counts as fp64, which oneDNN never gets (nor rows that fill up blocks)."""
+    monkeypatch.setattr(experts_blueberry, "BLOCK", 1)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48}
+    config = BlueberryConfig(**sizes, num_hidden_layers=2, num_experts=num_experts)
+    ids, counts = torch.randint(0, 60, (2, 20)), []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = BlueberryForCausalLM(config).to(dtype)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids, skip_logits=True).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("at_once", [1, 37 * 130, 10**6], ids=["64 columns", "128 columns", "all"])
