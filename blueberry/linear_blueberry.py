@@ -1,7 +1,7 @@
 """Linear layers that oneDNN multiplies in fp32 training on a CPU.
 
-On AMD processors torch's own, by MKL, take up to a fifth longer. The file ships to the Hub as remote code, so it
-imports torch and its siblings only.
+On AMD processors torch's own products, by MKL, take up to a quarter longer. The file ships to the Hub as remote code,
+so it imports torch and its siblings only.
 """
 
 import torch
