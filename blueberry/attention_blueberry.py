@@ -2,7 +2,7 @@
 
 Each block is two (in the backward four) batched products and a softmax, one sequence at a time on each thread, so that
 it stays in the cache: for sequences of 512 in bf16 half the time of torch's CPU kernel of
-`scaled_dot_product_attention`. The file ships to the Hub as remote code, so it imports torch and its sibling only.
+`scaled_dot_product_attention`. The file ships to the Hub as remote code, so it imports torch and its siblings only.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .products_blueberry import trains_on_cpu
 from .threads_blueberry import run_on_workers, workers_pay
 
 BLOCK = 128  # queries at a time; measured fastest of 64 to 256 for sequences of 512
@@ -19,9 +20,8 @@ LONGEST = 1024  # keeping the weights for the backward pays up to here; torch's 
 
 def can_attend_in_blocks(query: Tensor, key: Tensor, attention_mask: Tensor | None, dropout: float) -> bool:
     """Whether `causal_attention` may stand in for torch's: training on a CPU on whole sequences without padding."""
-    plain = type(query) is Tensor and query.device.type == "cpu" and not torch.compiler.is_compiling()
-    training = torch.is_grad_enabled() and query.requires_grad and dropout == 0
-    return plain and training and attention_mask is None and query.shape[2] == key.shape[2] <= LONGEST
+    training = trains_on_cpu(query) and query.requires_grad and dropout == 0
+    return training and attention_mask is None and query.shape[2] == key.shape[2] <= LONGEST
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .memory_blueberry import large_empty
-from .products_blueberry import has_onednn_linear, linear, product_dtype
+from .products_blueberry import has_onednn_linear, linear, product_dtype, trains_on_cpu
 
 ENOUGH = 100_000_000  # multiplications from which oneDNN took less time, of 1 to 5000 million (Zen 4, two cores)
 
@@ -44,9 +44,8 @@ class BlueberryLinear(nn.Linear):
 
     def can_use_onednn(self, x: Tensor) -> bool:
         """In training in eager mode on the CPU, plain tensors in fp32."""
-        training = torch.is_grad_enabled() and not torch.compiler.is_compiling() and has_onednn_linear()
-        plain = type(x) is Tensor and type(self.weight) is nn.Parameter and self.bias is None
-        if not (training and plain and x.device.type == self.weight.device.type == "cpu"):
+        plain = type(self.weight) is nn.Parameter and self.weight.device == x.device and self.bias is None
+        if not (plain and trains_on_cpu(x) and has_onednn_linear()):
             return False
         single = x.dtype == self.weight.dtype == product_dtype(x) == torch.float32
         return single and x.shape[-1] == self.in_features and x.numel() * self.out_features >= ENOUGH

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .products_blueberry import product_dtype
+from .products_blueberry import product_dtype, trains_on_cpu
 
 
 def widen(x: Tensor) -> Tensor:
@@ -105,9 +105,7 @@ class BlueberryRMSNorm(nn.Module):
 
     def can_fuse(self, x: Tensor) -> bool:
         """In training in eager mode on the CPU, plain tensors, weights in full precision."""
-        training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        plain = training and type(x) is Tensor and x.device.type == "cpu"
-        return plain and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+        return trains_on_cpu(x) and self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
 
 
 class BlueberryHeadRMSNorm(BlueberryRMSNorm):

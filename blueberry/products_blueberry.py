@@ -19,6 +19,12 @@ ONEDNN_LINEAR = (
 )
 
 
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether x is a plain tensor on the CPU in training in eager mode, which operations of our own are for."""
+    plain = type(x) is Tensor and x.device.type == "cpu"
+    return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of x are computed: autocast's where it is on, but fp64 stays."""
     device = x.device.type

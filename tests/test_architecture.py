@@ -13,7 +13,7 @@ PACKAGES = ("blueberry", "trainer_callbacks", "hub")
 # module prefix -> prefixes of this project it may import; the longest matching prefix decides
 ALLOWED = {
     "blueberry.configuration_blueberry": (),
-    "blueberry.attention_blueberry": ("blueberry.threads_blueberry",),
+    "blueberry.attention_blueberry": ("blueberry.products_blueberry", "blueberry.threads_blueberry"),
     "blueberry.experts_blueberry": (
         "blueberry.memory_blueberry",
         "blueberry.products_blueberry",
