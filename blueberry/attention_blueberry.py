@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .first_order_blueberry import first_order
 from .products_blueberry import trains_on_cpu
 from .threads_blueberry import run_on_workers, workers_pay
 
@@ -62,7 +63,7 @@ class _CausalAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
         blocks = len(kept) // max(1, len(ctx.pieces))

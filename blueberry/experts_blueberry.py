@@ -4,7 +4,8 @@ Importing this file adds `experts_implementation="blueberry"` to transformers' e
 (token, expert) pairs by expert once and then works on one expert at a time, in a single autograd function: indexing
 `weight[expert]` for autograd, as the eager loop does, makes the backward fill a zero gradient of *all* experts for
 each expert. A single token outside training needs no sorting. On other devices, inside `torch.compile`, for experts
-with a norm of their own, and for a few tokens outside training, transformers' `grouped_mm` does the work.
+with a norm of their own, and for a few tokens outside training, transformers' `grouped_mm` does the work; so it does
+(or `batched_mm`, where it cannot) in training with an activation that has parameters or is random.
 
 The file ships to the Hub as remote code, so it imports torch, transformers and its siblings only.
 """
@@ -18,13 +19,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+from torch.nn.modules.dropout import _DropoutNd
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
+from .first_order_blueberry import first_order
 from .memory_blueberry import large_empty
-from .products_blueberry import FEW_ROWS, linear, product_dtype, products_of_few_rows, without_autocast
+from .products_blueberry import FEW_ROWS, has_hooks, linear, product_dtype, products_of_few_rows, without_autocast
 from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
@@ -140,9 +147,22 @@ def activation_of(experts: nn.Module, training: bool) -> Activation:
     if other or not training:
         return by_autograd(function)
     act = experts.act_fn
-    if type(act) in SILU_MODULES and not (act._forward_hooks or act._forward_pre_hooks):
+    if type(act) in SILU_MODULES and not has_hooks(act):
         return GATED_SILU if experts.has_gate else SILU
     return by_autograd(function)
+
+
+def can_activate_twice(experts: nn.Module) -> bool:
+    """Whether the activation gives the same again, and only its input gets a gradient: by the modules in it.
+
+    Not those with parameters, random ones and those that overwrite their input.
+    """
+    act = dict(experts.named_children()).get("act_fn")
+    if act is None:
+        return True
+    random = any(isinstance(module, (_DropoutNd, nn.RReLU)) for module in act.modules())
+    in_place = any(vars(module).get("inplace", False) for module in act.modules())
+    return not (random or in_place or any(True for _ in act.parameters()))
 
 
 def combine(rows: Tensor, place: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -186,7 +206,7 @@ class _SortedExperts(torch.autograd.Function):
         return combine(outer, routing.place, scores)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, scores, up, up_bias, down, down_bias, outer, *kept = ctx.saved_tensors  # x (rows, hidden)
         routing: Routing = ctx.routing
@@ -311,13 +331,13 @@ def experts_of_one_token(
     return output
 
 
-def can_use_grouped_mm(tokens: int, up: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the CPU's own grouped product, which spares a loop in Python, is as fast outside training.
+def can_use_grouped_mm(up: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch has a grouped product of these, which spares a loop in Python.
 
-    It is for few tokens, wants weights in the dtype of the products, and rows of a multiple of 16 bytes.
+    It wants weights in the dtype of the products, and rows of a multiple of 16 bytes.
     """
     aligned = all(size * up.element_size() % 16 == 0 for size in (*up.shape[1:], *down.shape[1:]))
-    return tokens <= FEW and aligned and up.dtype == dtype != torch.float64
+    return aligned and up.dtype == dtype != torch.float64
 
 
 def rows_of_an_expert(top_k_index: Tensor, num_experts: int) -> float:
@@ -336,7 +356,11 @@ def blueberry_experts_forward(
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype, training, tokens = compute_dtype(hidden_states), torch.is_grad_enabled(), len(hidden_states)
     up, up_bias, down, down_bias = weights_and_biases(self)
-    if not training and tokens != 1 and can_use_grouped_mm(tokens, up, down, dtype):
+    if training and not can_activate_twice(self):
+        by_grouped_mm = can_use_grouped_mm(up, down, dtype)
+        usual = grouped_mm_experts_forward if by_grouped_mm else batched_mm_experts_forward
+        return usual(self, hidden_states, top_k_index, top_k_weights)
+    if not training and 1 != tokens <= FEW and can_use_grouped_mm(up, down, dtype):
         with products_of_few_rows(hidden_states, rows_of_an_expert(top_k_index, self.num_experts)):
             return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias

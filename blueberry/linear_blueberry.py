@@ -6,8 +6,9 @@ so it imports torch and its siblings only.
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .first_order_blueberry import first_order
 from .memory_blueberry import large_empty
 from .products_blueberry import has_onednn_linear, linear, product_dtype, trains_on_cpu
 
@@ -24,7 +25,7 @@ class _Linear(torch.autograd.Function):
         return linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows, grad_x, grad_weight = grad.reshape(-1, grad.shape[-1]), None, None  # (rows, out)

@@ -7,10 +7,11 @@ Hub as remote code, so it imports torch and its siblings only.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .first_order_blueberry import first_order
 from .memory_blueberry import large_empty
-from .products_blueberry import linear, product_dtype, without_autocast
+from .products_blueberry import has_hooks, linear, product_dtype, without_autocast
 
 CPU_CHUNK, CHUNK = 1024, 4096  # tokens whose logits exist at once
 CACHED = 2**19  # probabilities in fp32 at once on the CPU: 2 MiB, measured fastest of 2**17 to 2**22
@@ -20,6 +21,8 @@ def can_fuse_head(hidden: Tensor, head: nn.Module) -> bool:
     """Whether `head_cross_entropy` is the same here as the loss of the head's logits: a plain linear head."""
     if type(head) is not nn.Linear or head.bias is not None or type(hidden) is not Tensor:
         return False
+    if "forward" in vars(head) or has_hooks(head):
+        return False  # what a user has it do besides
     if type(head.weight) is not nn.Parameter or head.weight.device != hidden.device:
         return False  # sharded or offloaded: only the head's own forward fetches its weight
     same_dtype = hidden.dtype == head.weight.dtype or torch.is_autocast_enabled(hidden.device.type)
@@ -50,7 +53,7 @@ def head_cross_entropy(
     dtype = product_dtype(hidden)
     with without_autocast(hidden.device.type):
         total = _HeadCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), weight, targets, ignore_index)
-    return total / count_items(targets, num_items_in_batch, ignore_index)
+    return mean_of(total, targets, num_items_in_batch, ignore_index)
 
 
 def logits_cross_entropy(
@@ -65,7 +68,7 @@ def logits_cross_entropy(
     """The same loss from the logits, in fewer passes over them than autograd's; see `head_cross_entropy`."""
     targets = next_tokens(labels, shift_labels, ignore_index).to(logits.device)
     total = _CrossEntropy.apply(logits.flatten(0, 1), targets, ignore_index)
-    return total / count_items(targets, num_items_in_batch, ignore_index)
+    return mean_of(total, targets, num_items_in_batch, ignore_index)
 
 
 def next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -73,9 +76,12 @@ def next_tokens(labels: Tensor | None, shift_labels: Tensor | None, ignore_index
     return (F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels).flatten()
 
 
-def count_items(targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int) -> Tensor | int:
-    """What the sum of losses is divided by; the mean of no labels is NaN, as in torch."""
-    return targets.ne(ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+def mean_of(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int) -> Tensor:
+    """The sum of losses divided by the number of items; as in torch, the mean of none is NaN and its gradient 0."""
+    if num_items_in_batch is not None:
+        return total / num_items_in_batch
+    counted = targets.ne(ignore_index).sum()
+    return (total / counted.clamp(min=1)).masked_fill(counted == 0, torch.nan)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -92,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.masked_fill_(~counted, 0).sum()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad).to(gradient.dtype), None, None
@@ -135,7 +141,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight, weight = ctx.saved_tensors
         if grad_hidden is not None:

@@ -51,7 +51,8 @@ class _Blocks:
         return block
 
     def give_back(self, memory: np.ndarray) -> None:
-        if self.weights:
+        """Keep it, up to two for each weight: a step's gradient and the one it is added to."""
+        if len(self.free) < 2 * len(self.weights):
             self.free.append(memory)
 
     def forget(self, weight: int) -> None:

@@ -110,12 +110,16 @@ class BlueberryAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         name, dropout = self.config._attn_implementation, self.attention_dropout if self.training else 0.0
-        if name == "sdpa" and can_attend_in_blocks(query, key, attention_mask, dropout):
+        if name == "sdpa" and self._is_causal(**kwargs) and can_attend_in_blocks(query, key, attention_mask, dropout):
             return self.o_proj(causal_attention(query, key, value, self.scaling).flatten(2)), None
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         kwargs |= {"dropout": dropout, "scaling": self.scaling}
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
+
+    def _is_causal(self, is_causal: bool | None = None, **kwargs) -> bool:
+        """Whether positions see only their past: unless the call, this layer or the configuration says otherwise."""
+        return is_causal if is_causal is not None else self.is_causal and getattr(self.config, "is_causal", True)
 
 
 class BlueberryMLP(nn.Module):

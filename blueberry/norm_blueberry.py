@@ -1,14 +1,15 @@
 """RMS normalization, alone and followed by the rotation of positions, with backwards of their own on the CPU.
 
 Autograd's own backwards of these small operations take several times the passes over memory. The file ships to the Hub
-as remote code, so it imports torch and its sibling only.
+as remote code, so it imports torch and its siblings only.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from .first_order_blueberry import first_order
 from .products_blueberry import product_dtype, trains_on_cpu
 
 
@@ -42,7 +43,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         wide_grad = grad.to(scale.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -69,7 +70,7 @@ class _NormalizeAndRotate(torch.autograd.Function):
         return rotated.mul_(scale.transpose(1, 2)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Rotate back, then as for the norm alone."""
         x, weight, cos, sin, scale = ctx.saved_tensors

@@ -8,7 +8,7 @@ from functools import cache
 from threading import Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FEW_ROWS = 2.5  # up to which reading the weights once for each takes less time than oneDNN's way
@@ -23,6 +23,12 @@ def trains_on_cpu(x: Tensor) -> bool:
     """Whether x is a plain tensor on the CPU in training in eager mode, which operations of our own are for."""
     plain = type(x) is Tensor and x.device.type == "cpu"
     return plain and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see or change what goes through a module, which must then be called as a whole."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -13,17 +13,31 @@ PACKAGES = ("blueberry", "trainer_callbacks", "hub")
 # module prefix -> prefixes of this project it may import; the longest matching prefix decides
 ALLOWED = {
     "blueberry.configuration_blueberry": (),
-    "blueberry.attention_blueberry": ("blueberry.products_blueberry", "blueberry.threads_blueberry"),
+    "blueberry.attention_blueberry": (
+        "blueberry.first_order_blueberry",
+        "blueberry.products_blueberry",
+        "blueberry.threads_blueberry",
+    ),
+    "blueberry.first_order_blueberry": (),
     "blueberry.experts_blueberry": (
+        "blueberry.first_order_blueberry",
         "blueberry.memory_blueberry",
         "blueberry.products_blueberry",
         "blueberry.threads_blueberry",
     ),
     "blueberry.inputs_blueberry": (),
-    "blueberry.linear_blueberry": ("blueberry.memory_blueberry", "blueberry.products_blueberry"),
-    "blueberry.losses_blueberry": ("blueberry.memory_blueberry", "blueberry.products_blueberry"),
+    "blueberry.linear_blueberry": (
+        "blueberry.first_order_blueberry",
+        "blueberry.memory_blueberry",
+        "blueberry.products_blueberry",
+    ),
+    "blueberry.losses_blueberry": (
+        "blueberry.first_order_blueberry",
+        "blueberry.memory_blueberry",
+        "blueberry.products_blueberry",
+    ),
     "blueberry.memory_blueberry": (),
-    "blueberry.norm_blueberry": ("blueberry.products_blueberry",),
+    "blueberry.norm_blueberry": ("blueberry.first_order_blueberry", "blueberry.products_blueberry"),
     "blueberry.products_blueberry": (),
     "blueberry.rotary_blueberry": ("blueberry.configuration_blueberry",),
     "blueberry.upcycling_blueberry": ("blueberry.configuration_blueberry",),
