@@ -37,8 +37,8 @@ def check_input(
         _check_ids(input_ids, vocab_size)
     batch, seq = given.shape[:2]
     total = past + seq if isinstance(past, int) else seq  # a static cache counts on the device
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        _check_mask(attention_mask, batch, total)
+    if isinstance(attention_mask, Tensor):
+        _check_mask(attention_mask, batch, total, exactly=isinstance(past, int))
     if total > max_positions:
         logger.warning_once(
             f"position {total} is beyond max_position_embeddings={max_positions}: rotary angles are extrapolated, and "
@@ -57,11 +57,20 @@ def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_mask(attention_mask: Tensor, batch: int, total: int) -> None:
-    """A mask that does not reach the last token would hide it (transformers fills in zeros)."""
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < total:
+def _check_mask(attention_mask: Tensor, batch: int, total: int, exactly: bool) -> None:
+    """A mask that does not reach the last token would hide it (transformers fills in zeros); one whose columns are
+    known to be too many has those of other tokens."""
+    if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        return
+    if attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not cover {batch} sequences of {total} tokens"
+            f"attention_mask of shape {tuple(attention_mask.shape)} and {attention_mask.dtype}: give (batch, tokens), "
+            "or (batch, 1 or heads, seq, tokens) as booleans or as numbers that are added to the scores"
+        )
+    rows, columns = attention_mask.shape
+    if rows != batch or columns < total or (exactly and columns > total):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit {batch} sequences of {total} tokens"
             ": give one column for each token of the cache and of the input"
         )
 

@@ -58,14 +58,23 @@ def test_the_loss_of_no_labels_is_that_of_torch_with_and_without_logits(skip_log
 
 def test_a_mask_that_does_not_reach_the_last_token_is_refused():
     model, ids = build(), tokens(2, 6)
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 5\) does not cover 2 sequences of 6 tokens"):
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 5\) does not fit 2 sequences of 6 tokens"):
         model(ids, attention_mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 6\) does not cover 2 sequences of 6 tokens"):
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 6\) does not fit 2 sequences of 6 tokens"):
         model(ids, attention_mask=torch.ones(1, 6))
     cache = DynamicCache(config=model.config)
     model(ids[:, :4], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 2\) does not cover 2 sequences of 6 tokens"):
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 2\) does not fit 2 sequences of 6 tokens"):
         model(ids[:, 4:], past_key_values=cache, attention_mask=torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 7), torch.ones(6), torch.ones(1, 6, 6), torch.ones(2, 1, 6, 6).long()],
+                         ids=["too many columns", "1-D", "3-D", "integers to add"])  # fmt: skip
+def test_a_mask_of_another_kind_is_refused(mask: torch.Tensor):
+    with pytest.raises(
+        ValueError, match=r"attention_mask of shape \(.*\) (does not fit 2 sequences|and torch\..*: give)"
+    ):
+        build()(tokens(2, 6), attention_mask=mask)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
