@@ -4,8 +4,8 @@ Importing this file adds `experts_implementation="blueberry"` to transformers' e
 (token, expert) pairs by expert once and then works on one expert at a time, in a single autograd function: indexing
 `weight[expert]` for autograd, as the eager loop does, makes the backward fill a zero gradient of *all* experts for
 each expert. A single token outside training needs no sorting. On other devices, inside `torch.compile`, for experts
-with a norm of their own, and for a few tokens outside training, transformers' `grouped_mm` does the work; so it does
-(or `batched_mm`, where it cannot) in training with an activation that has parameters or is random.
+with a norm of their own, and for a few tokens in bf16 outside training, transformers' `grouped_mm` does the work; so
+it does (or `batched_mm`, where it cannot) in training with an activation that has parameters or is random.
 
 The file ships to the Hub as remote code, so it imports torch, transformers and its siblings only.
 """
@@ -31,14 +31,22 @@ from transformers.integrations.moe import (
 
 from .first_order_blueberry import first_order
 from .memory_blueberry import large_empty
-from .products_blueberry import FEW_ROWS, has_hooks, linear, product_dtype, products_of_few_rows, without_autocast
+from .products_blueberry import (
+    FEW_ROWS,
+    has_hooks,
+    has_onednn_linear,
+    linear,
+    product_dtype,
+    products_of_few_rows,
+    without_autocast,
+)
 from .threads_blueberry import run_on_workers, workers_pay
 
 EXPERTS_IMPLEMENTATION = "blueberry"
 BLOCK = 16  # an expert's rows come in multiples of it
 _GATE = "_default_apply_gate"  # transformers' own, a private name: where it is missing, no gate is taken for it
 SILU_MODULES = (nn.SiLU, type(ACT2FN["silu"]))
-FEW = 256  # tokens up to which transformers' grouped_mm is as fast outside training, and below 100 faster
+FEW = 256  # tokens up to which transformers' grouped_mm is as fast in bf16 outside training, and below 100 faster
 
 
 class Routing(NamedTuple):
@@ -360,7 +368,9 @@ def blueberry_experts_forward(
         by_grouped_mm = can_use_grouped_mm(up, down, dtype)
         usual = grouped_mm_experts_forward if by_grouped_mm else batched_mm_experts_forward
         return usual(self, hidden_states, top_k_index, top_k_weights)
-    if not training and 1 != tokens <= FEW and can_use_grouped_mm(up, down, dtype):
+    few = not training and tokens <= FEW
+    by_onednn = dtype == torch.float32 and has_onednn_linear()
+    if few and tokens != 1 and not by_onednn and can_use_grouped_mm(up, down, dtype):
         with products_of_few_rows(hidden_states, rows_of_an_expert(top_k_index, self.num_experts)):
             return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     inputs = hidden_states.to(dtype), top_k_weights.to(dtype), up, up_bias, down, down_bias
@@ -369,7 +379,8 @@ def blueberry_experts_forward(
             activation = self._apply_gate if self.has_gate else self.act_fn
             output = experts_of_one_token(*inputs, top_k_index, activation)
         else:
-            routing = sort_by_expert(top_k_index, self.num_experts, block=1 if dtype == torch.float64 else BLOCK)
+            block = 1 if few or dtype == torch.float64 else BLOCK
+            routing = sort_by_expert(top_k_index, self.num_experts, block)
             output = _SortedExperts.apply(*inputs, routing, activation_of(self, training))
     return output.to(hidden_states.dtype)
 

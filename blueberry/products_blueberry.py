@@ -55,11 +55,10 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """x weight^T of x (rows, in) and weight (out, in), outside autograd -> (rows, out), written to `out` if given.
 
     oneDNN writes to memory of its own, so `out` is filled from the cache, some columns at a time. Left to torch.mm are
-    a single row, for which it only reads the weights; tensors with gaps, such as some columns of wider ones (of such
-    weights oneDNN makes a product in a thousand times the time); and all under a dispatch mode: torch's counter of
-    operations does not know oneDNN's.
+    tensors with gaps, such as some columns of wider ones (of such weights oneDNN makes a product in a thousand times
+    the time), and all under a dispatch mode: torch's counter of operations does not know oneDNN's.
     """
-    single = x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 1
+    single = x.dtype == torch.float32 and x.device.type == "cpu" and len(x) > 0
     dense = x.is_contiguous() and (weight.is_contiguous() or weight.t().is_contiguous())
     if not (single and dense and has_onednn_linear()) or is_in_torch_dispatch_mode():
         return torch.mm(x, weight.t(), out=out)
