@@ -25,9 +25,9 @@ def model_of(**settings: Any) -> BlueberryForCausalLM:
     return BlueberryForCausalLM(BlueberryConfig(**SIZES, **settings)).train()
 
 
-def gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:
+def gradients(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
-    model(input_ids=IDS, labels=IDS, **inputs).loss.backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -140,7 +140,7 @@ def test_a_backward_hook_of_the_experts_activation_is_called():
     assert calls
 
 
-def test_freed_blocks_are_kept_for_two_a_weight_and_no_more(monkeypatch: pytest.MonkeyPatch):
+def test_freed_blocks_are_kept_for_two_a_weight_and_no_more():
     weight, shape = torch.empty(1), (memory_blueberry.LARGE // 4 + 4,)
     many = [large_empty(weight, shape, torch.float32) for _ in range(10)]
     size = many[0].nbytes
